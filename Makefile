@@ -1,0 +1,38 @@
+# Everything sets itself up: a virtual environment in .venv, installed again when pyproject.toml changes.
+# Needed beforehand: Python 3.10 or newer (`make PYTHON=...` to choose one) and make.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.installed
+ARGS ?=
+
+.PHONY: test test-all demo bench docs clean
+
+test: $(READY)  ## The gate: formatting, lint, types, tests, documentation.
+	$(BIN)/python -m ruff format --check .
+	$(BIN)/python -m ruff check .
+	$(BIN)/python -m mypy
+	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m mkdocs build --strict --quiet
+
+test-all: $(READY)  ## The tests with the slow ones, and many more random cases.
+	HYPOTHESIS_PROFILE=thorough $(BIN)/python -m pytest --slow $(ARGS)
+
+demo: $(READY)  ## Trains a ResNet and its conversion on real digits; results in demo-output/.
+	$(BIN)/revify demo $(ARGS)
+
+bench: $(READY)
+	$(BIN)/python -m benchmarks $(ARGS)
+
+docs: $(READY)  ## The documentation, in site/.
+	$(BIN)/python -m mkdocs build --strict
+
+clean:
+	rm -rf $(VENV) site build dist demo-output .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(READY): pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	touch $@
