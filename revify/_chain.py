@@ -1,0 +1,194 @@
+"""A chain of reversible updates as a module: where the structure of a model and the engine meet."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from revify._errors import RevifyError
+from revify._function import Enter, Leave, Recompute, Update, check_branch
+from revify._replay import Evaluation
+
+
+class Step(nn.Module):
+    """One update: stream ``writes`` (1 or 2) becomes ``skip(p) + branch(q)``, p its value, q the other stream's.
+
+    Without ``skip`` the update adds to p as it is and can be inverted. Without ``branch`` it applies ``skip``
+    alone. ``context`` are the positions of the chain's context inputs that the branch takes (None: all).
+    """
+
+    def __init__(
+        self,
+        name: str,
+        writes: int,
+        branch: nn.Module | None,
+        skip: nn.Module | None = None,
+        context: Sequence[int] | None = None,
+    ) -> None:
+        super().__init__()
+        self.name, self.writes = name, writes
+        self.branch, self.skip = branch, skip
+        self.context = None if context is None else tuple(context)
+
+    def forward(self, p: Tensor, q: Tensor, context: Sequence[Any], shadows: Sequence[Tensor] | None = None) -> Any:
+        """The new value of the stream, and, given the shadows of p and q, those of the other stream and of it."""
+        context = context if self.context is None else [context[i] for i in self.context]
+        if shadows is None:
+            s = p if self.skip is None else self.skip(p)
+            if self.branch is None:
+                return s
+            a = self.branch(q, *context)
+            check_branch(self.name, s, a)
+            return s + a
+        skip, f = self.evaluations()
+        tensors = [*(x for x in context if isinstance(x, Tensor)), *_tensors(skip), *_tensors(f)]
+        return Update.apply(self.name, skip, f, context, p, q, *shadows, *tensors)
+
+    def evaluations(self) -> tuple[Evaluation | None, Evaluation | None]:
+        return self.skip and Evaluation(self.skip), self.branch and Evaluation(self.branch)
+
+    def anchor(self) -> Tensor | None:
+        """A parameter of the step that requires grad, if any does."""
+        parameters = (w for module in (self.skip, self.branch) if module is not None for w in module.parameters())
+        return next((w for w in parameters if w.requires_grad), None)
+
+    def invert(self, r: Tensor, q: Tensor, context: Sequence[Any]) -> Tensor:
+        """The value before the update, from the value after it; changes no buffer."""
+        if self.skip is not None or self.branch is None:
+            raise RevifyError(f"{self.name} is a transition, which has no inverse; invert the runs between them.")
+        context = context if self.context is None else [context[i] for i in self.context]
+        f = Evaluation(self.branch)
+        a = f.again(f.tensors, q, *context)
+        check_branch(self.name, r, a)
+        return r - a
+
+    def extra_repr(self) -> str:
+        return f"{self.name}, writes x{self.writes}"
+
+
+class ReversibleChain(nn.Module):
+    """A chain of reversible updates ``x1 <- x1 + f_1(x2)``, ``x2 <- x2 + f_2(x1)``, ``x1 <- x1 + f_3(x2)``, ...
+
+    In training its backward pass reconstructs the activations instead of storing them: what is kept between
+    forward and backward is the final state, whatever the number of branches. Gradients, running statistics,
+    random numbers and autocast are those of the same computation run by plain autograd. In eval mode, under
+    `torch.no_grad` and inside `store_activations` it is that plain computation.
+
+    Args:
+        branches: the residual branches f_1, f_2, ... as modules; each maps a tensor to one of the same shape.
+            They are registered, not copied. Any number is fine, odd ones too.
+        coupling: the recurrence; ``"revnet"`` is the one there is.
+
+    Raises:
+        RevifyError: no branches, or one that is not a module; at run time, a branch that changes the shape.
+
+    Source: Gomez et al. 2017, equations 6 and 7.
+    """
+
+    def __init__(self, branches: Iterable[nn.Module], *, coupling: str = "revnet") -> None:
+        super().__init__()
+        check_coupling(coupling)
+        branches = list(branches)
+        if not branches:
+            raise RevifyError("branches is empty: a reversible chain needs at least one branch.")
+        for i, branch in enumerate(branches):
+            if not isinstance(branch, nn.Module):
+                raise RevifyError(f"branches[{i}] must be a torch.nn.Module, got {type(branch).__name__}.")
+        steps = [Step(f"branch {i}", 1 + i % 2, branch) for i, branch in enumerate(branches)]
+        self.steps: Sequence[Step] = nn.ModuleList(steps)  # type: ignore[assignment]
+        self.stores_activations = False
+
+    @classmethod
+    def from_steps(cls, steps: Iterable[Step]) -> ReversibleChain:
+        """A chain of given steps, transitions among them."""
+        chain = cls.__new__(cls)
+        nn.Module.__init__(chain)
+        chain.steps = nn.ModuleList(steps)  # type: ignore[assignment]
+        chain.stores_activations = False
+        return chain
+
+    def forward(self, x1: Tensor, x2: Tensor, *context: Any) -> tuple[Tensor, Tensor]:
+        """Maps the state (x1, x2) to (y1, y2). ``context`` is handed to every branch after its stream, and gets
+        its gradients."""
+        x = {1: x1, 2: x2}
+        reversible = self.training and torch.is_grad_enabled() and not self.stores_activations
+        anchor = next((v for v in (x1, x2, *context) if isinstance(v, Tensor) and v.requires_grad), None)
+        shadow: dict[int, Tensor] = {}
+        for step in self.steps:
+            p, q = step.writes, 3 - step.writes
+            if reversible and not shadow:
+                # What lies ahead of the first step that needs a gradient need not be reconstructed.
+                anchor = step.anchor() if anchor is None else anchor
+                if anchor is not None:
+                    shadow = _enter(x, anchor)
+            if shadow:
+                x[p], shadow[q], shadow[p] = step(x[p], x[q], context, (shadow[p], shadow[q]))
+            else:
+                x[p] = step(x[p], x[q], context)
+        if shadow:
+            x[1], x[2] = Leave.apply(x[1], x[2], shadow[1], shadow[2])
+        return x[1], x[2]
+
+    def inverse(self, y1: Tensor, y2: Tensor, *context: Any) -> tuple[Tensor, Tensor]:
+        """Maps (y1, y2) back to the (x1, x2) that `forward` made it from, up to rounding. Changes no buffer.
+        Branches that draw random numbers (dropout in training) have no inverse outside of the backward pass."""
+        y = {1: y1, 2: y2}
+        for step in reversed(list(self.steps)):
+            y[step.writes] = step.invert(y[step.writes], y[3 - step.writes], context)
+        return y[1], y[2]
+
+
+class Recomputed(nn.Module):
+    """Runs ``function`` so that it keeps its inputs alone for the backward pass, and is evaluated again there."""
+
+    def __init__(self, function: nn.Module) -> None:
+        super().__init__()
+        self.function = function
+        self.stores_activations = False
+
+    def forward(self, *inputs: Tensor) -> Any:
+        if not (self.training and torch.is_grad_enabled()) or self.stores_activations:
+            return self.function(*inputs)
+        f = Evaluation(self.function)
+        return Recompute.apply(f, len(inputs), *inputs, *f.tensors)
+
+
+@contextmanager
+def store_activations(model: nn.Module) -> Iterator[None]:
+    """Inside it ``model`` runs by plain autograd, which stores every activation: the same function, the same
+    gradients, the memory of an ordinary network. The reference that reversible training is compared with."""
+    if not isinstance(model, nn.Module):
+        raise RevifyError(f"model must be a torch.nn.Module, got {type(model).__name__}.")
+    parts = [m for m in model.modules() if isinstance(m, (ReversibleChain, Recomputed))]
+    if not parts:
+        raise RevifyError("model holds no ReversibleChain: convert it first, or pass the module that holds one.")
+    before = [part.stores_activations for part in parts]
+    try:
+        for part in parts:
+            part.stores_activations = True
+        yield
+    finally:
+        for part, value in zip(parts, before, strict=True):
+            part.stores_activations = value
+
+
+def check_coupling(coupling: str) -> None:
+    if coupling != "revnet":
+        raise RevifyError(f"coupling must be 'revnet', got {coupling!r}.")
+
+
+def _enter(x: dict[int, Tensor], anchor: Tensor) -> dict[int, Tensor]:
+    """The shadows of the state x."""
+    if x[1] is x[2]:
+        x[2] = x[1].view_as(x[1])  # a compiled autograd function takes no tensor twice
+    shadow1, shadow2 = Enter.apply(anchor, x[1], x[2])
+    return {1: shadow1, 2: shadow2}
+
+
+def _tensors(f: Evaluation | None) -> list[Tensor]:
+    return f.tensors if f else []
+

@@ -1,0 +1,205 @@
+"""The autograd functions of a reversible chain: what is kept for the backward pass, and how the rest comes back.
+
+One update replaces ``p`` by ``r = skip(p) + f(q)`` and leaves ``q``. In the backward pass it needs the state
+before it, and keeps nothing of it:
+
+1. Besides p and q every update takes and returns two *shadows*, tensors of the streams' shapes without memory
+   of their own. No value is ever read from them, but autograd hands their "gradients" through the chain in
+   reverse order, and these gradients are the state: an update's backward is given the state after it and
+   returns the state before it.
+2. `Leave`, the last link, keeps the final state and returns it as its shadows' gradients.
+3. An update without a skip module inverts itself: it evaluates ``a = f(q)`` again, once, which serves both the
+   inversion ``p = r - a`` and the vector-Jacobian product.
+4. An update with a skip module (a transition) cannot be inverted: it keeps p, and returns what it kept. Its q
+   comes from the shadows like everybody's.
+
+So a chain keeps two tensors at its end and one for each stream at each transition, at any depth. No Python
+object is shared between updates, and the parameters' gradients leave each update as soon as they are known.
+
+With r the cotangents are  ``dp = dr  (or J_skip(p)^T dr)``,  ``dq += J_f(q)^T dr``,  ``dw = J_f(w)^T dr``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from revify._coupling import couple_into, uncouple_into
+from revify._errors import RevifyError
+from revify._replay import Evaluation
+
+
+class Enter(torch.autograd.Function):
+    """``Enter.apply(anchor, x1, x2)``: the shadows of the state (x1, x2). ``anchor`` is any tensor that requires
+    grad; it makes the shadows require it, and gets none itself."""
+
+    @staticmethod
+    def forward(ctx: Any, anchor: Tensor, x1: Tensor, x2: Tensor) -> tuple[Tensor, Tensor]:
+        return _shadow(x1), _shadow(x2)
+
+    @staticmethod
+    def backward(ctx: Any, x1: Tensor, x2: Tensor) -> tuple[None, None, None]:  # type: ignore[override]
+        return None, None, None
+
+
+class Leave(torch.autograd.Function):
+    """``Leave.apply(p, q, p_shadow, q_shadow)``: the final state, kept for the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, p: Tensor, q: Tensor, p_shadow: Tensor, q_shadow: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(p, q)
+        return p.view_as(p), q.view_as(q)
+
+    @staticmethod
+    def backward(ctx: Any, dp: Tensor | None, dq: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        p, q = ctx.saved_tensors
+        return dp, dq, p, q
+
+
+class Update(torch.autograd.Function):
+    """``Update.apply(name, skip, f, p, q, p_shadow, q_shadow, context, *tensors) -> r, q_shadow, r_shadow``.
+
+    ``skip`` and ``f`` are the evaluations to make (None: the identity, nothing); ``tensors`` are the context
+    inputs of ``f`` that are tensors, then the tensors of ``skip``, then those of ``f``.
+    """
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any,
+        name: str,
+        skip: Evaluation | None,
+        f: Evaluation | None,
+        context: Sequence[Any],
+        p: Tensor,
+        q: Tensor,
+        p_shadow: Tensor,
+        q_shadow: Tensor,
+        *tensors: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        ctx.set_materialize_grads(False)
+        ctx.skip, ctx.f, ctx.context, ctx.dtype = skip, f, _without_tensors(context), p.dtype
+        ctx.save_for_backward(p if skip else None, *tensors)
+        s = skip.first(p) if skip else p
+        if f is None:
+            r = s
+        else:
+            a = f.first(q, *context)
+            check_branch(name, s, a)
+            r = couple_into(s, a)
+        return r, q_shadow.view_as(q_shadow), _shadow(r)
+
+    @staticmethod
+    def backward(ctx: Any, dr: Tensor | None, q: Tensor, r: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+        kept_p, *tensors = ctx.saved_tensors
+        skip, f = ctx.skip, ctx.f
+        needs = ctx.needs_input_grad[8:]
+        n_context = sum(x is None for x in ctx.context)
+        n_skip = len(skip.tensors) if skip else 0
+        of_context, of_skip, of_f = _split(tensors, n_context, n_skip)
+        need_context, need_skip, need_f = _split(needs, n_context, n_skip)
+
+        p, dp, dq = kept_p, dr, None
+        d_context: Sequence[Tensor | None] = [None] * n_context
+        d_skip: Sequence[Tensor | None] = [None] * n_skip
+        d_f: Sequence[Tensor | None] = [None] * len(of_f)
+        if f is not None:
+            take_part = [q, *of_context], [ctx.needs_input_grad[5], *need_context], of_f, need_f
+            a, (dq, *d_context), d_f = _replay(f, dr, *take_part, context=ctx.context)
+            if skip is None:
+                p = r - a if torch.is_grad_enabled() else uncouple_into(r, a, ctx.dtype)
+        if skip is not None:
+            _, (dp,), d_skip = _replay(skip, dr, [kept_p], [ctx.needs_input_grad[4]], of_skip, need_skip)
+        return (None, None, None, None, dp, dq, p, q, *d_context, *d_skip, *d_f)
+
+
+class Recompute(torch.autograd.Function):
+    """``Recompute.apply(f, x, *tensors)``: ``f(x)`` that keeps its input alone (activation checkpointing)."""
+
+    @staticmethod
+    def forward(ctx: Any, f: Evaluation, n_inputs: int, *tensors: Tensor) -> Tensor:  # type: ignore[override]
+        ctx.f, ctx.n_inputs = f, n_inputs
+        ctx.save_for_backward(*tensors)
+        output: Tensor = f.first(*tensors[:n_inputs])
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+        inputs, tensors = _split(ctx.saved_tensors, ctx.n_inputs)
+        need_inputs, need_tensors = _split(ctx.needs_input_grad[2:], ctx.n_inputs)
+        _, d_inputs, d_tensors = _replay(ctx.f, dy, inputs, need_inputs, tensors, need_tensors)
+        return (None, None, *d_inputs, *d_tensors)
+
+
+def _replay(
+    f: Evaluation,
+    dy: Tensor | None,
+    inputs: Sequence[Tensor],
+    need_inputs: Sequence[bool],
+    tensors: Sequence[Tensor],
+    need_tensors: Sequence[bool],
+    context: Sequence[Any] = (),
+) -> tuple[Tensor, list[Tensor | None], list[Tensor | None]]:
+    """``y = f(*inputs)`` evaluated again, detached, with the gradients of inputs and tensors."""
+    create_graph = torch.is_grad_enabled()
+    if not create_graph:
+        inputs = [x.detach().requires_grad_(need) for x, need in zip(inputs, need_inputs, strict=True)]
+        tensors = [_leaf(w, need) for w, need in zip(tensors, need_tensors, strict=True)]
+    with torch.enable_grad():
+        y: Tensor = f.again(tensors, *_with_tensors(context, inputs))
+    all_needs = [*need_inputs, *need_tensors]
+    wanted = [x for x, need in zip([*inputs, *tensors], all_needs, strict=True) if need]
+    found: Sequence[Tensor | None] = [None] * len(wanted)
+    if dy is not None and y.requires_grad and wanted:
+        found = torch.autograd.grad(y, wanted, dy, allow_unused=True, create_graph=create_graph)
+    given = iter(found)
+    gradients = [next(given) if need else None for need in all_needs]
+    y = y if create_graph else y.detach()
+    return y, gradients[: len(inputs)], gradients[len(inputs) :]
+
+
+def _leaf(w: Tensor, need: bool) -> Tensor:
+    """``w`` to differentiate by. A tensor hook on w must see its gradient once, outside of the replay; the
+    gradient by a tensor with a history must not look further back."""
+    if w.is_leaf and not w._backward_hooks:
+        return w
+    return w.detach().requires_grad_(need)
+
+
+def _shadow(x: Tensor) -> Tensor:
+    return x.new_zeros(()).expand(x.shape)
+
+
+def check_branch(name: str, p: Tensor, a: object) -> None:
+    if not isinstance(a, Tensor):
+        raise RevifyError(f"{name}: a branch must return one tensor of its stream's shape, got {type(a).__name__}.")
+    if a.shape != p.shape:
+        raise RevifyError(
+            f"{name}: the branch returned shape {tuple(a.shape)} for a stream of shape {tuple(p.shape)}. "
+            "A reversible update needs both alike; exclude this addition or make the shapes match."
+        )
+
+
+def _split(values: Sequence[Any], *lengths: int) -> list[list[Any]]:
+    """The values cut into pieces of the given lengths and the rest."""
+    pieces, start = [], 0
+    for length in lengths:
+        pieces.append(list(values[start : start + length]))
+        start += length
+    return [*pieces, list(values[start:])]
+
+
+def _without_tensors(context: Sequence[Any]) -> list[Any]:
+    """Each entry that is no tensor as a 1-tuple, each tensor as None: tensors are saved by autograd."""
+    return [None if isinstance(x, Tensor) else (x,) for x in context]
+
+
+def _with_tensors(context: Sequence[Any], inputs: Sequence[Tensor]) -> list[Any]:
+    """The inverse of `_without_tensors`: the first input, then the context with its tensors filled in."""
+    if not context:
+        return list(inputs)
+    tensors = iter(inputs[1:])
+    return [inputs[0], *(next(tensors) if x is None else x[0] for x in context)]

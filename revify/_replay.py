@@ -1,0 +1,238 @@
+"""A second evaluation of a branch that repeats the first and leaves no trace.
+
+The backward pass evaluates every branch again. For the result to be the one of the forward pass, and for the
+model to be afterwards as if it had been evaluated once, the second evaluation
+
+1. uses the parameters of the first, also where they were swapped meanwhile (`torch.func.functional_call`);
+2. sees every submodule in the mode (train or eval) that it had, and the buffers as they were;
+3. changes no buffer or attribute: it runs on stand-ins, shallow copies of the submodules. Running statistics
+   of the batch norms of `torch.nn` are left out, since in training their output does not depend on them;
+4. draws the same random numbers and puts the generators back as they were;
+5. runs under the same autocast state. The cache of cast weights is off in both evaluations: a cast that was
+   cached without a graph would cut the gradient of every later use of the weight.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from revify._region import Region
+
+_thread = threading.local()
+
+
+def is_replaying() -> bool:
+    """Whether the calling code runs in the second evaluation of a branch, in the backward pass.
+
+    Forward hooks run in it too, as under activation checkpointing; one that counts or logs can ask.
+    """
+    return getattr(_thread, "replaying", False)
+
+
+# In training their output depends on the batch alone.
+_BATCH_STATISTICS = (
+    nn.BatchNorm1d,
+    nn.BatchNorm2d,
+    nn.BatchNorm3d,
+    nn.SyncBatchNorm,
+    nn.InstanceNorm1d,
+    nn.InstanceNorm2d,
+    nn.InstanceNorm3d,
+)
+
+
+class Evaluation:
+    """One evaluation of ``function(*inputs)``, made by `first`, which `again` repeats.
+
+    ``tensors`` are the distinct parameters that the function uses; `again` takes the tensors to use in their
+    place (the same ones, as a rule).
+    """
+
+    def __init__(self, function: nn.Module) -> None:
+        self.function = function
+        operands = function.operands() if isinstance(function, Region) else [function]
+        self.operands: list[nn.Module | Tensor] = operands
+        self.modules: list[nn.Module] = []
+        for operand in operands:
+            if isinstance(operand, nn.Module):
+                self.modules.extend(operand.modules())
+        self.training = [module.training for module in self.modules]
+        self.buffers: list[dict[str, tuple[Tensor, Tensor]]] = [{} for _ in self.modules]
+        self.random: RandomState = []
+        self.autocast: AutocastState = []
+        self.tensors: list[Tensor] = []
+        self._index: dict[int, int] = {}
+        for operand in operands:
+            if isinstance(operand, Tensor):
+                self._add(operand)
+        self._slots = [
+            {name: self._add(tensor) for name, tensor in module._parameters.items() if tensor is not None}
+            for module in self.modules
+        ]
+
+    def _add(self, tensor: Tensor) -> int:
+        index = self._index.setdefault(id(tensor), len(self.tensors))
+        if index == len(self.tensors):
+            self.tensors.append(tensor)
+        return index
+
+    def first(self, *inputs: Any) -> Any:
+        device = next((x.device for x in inputs if isinstance(x, Tensor)), torch.device("cpu"))
+        self.buffers = [self._changing_buffers(m) for m in self.modules]
+        versions = [{name: live._version for name, (live, _) in kept.items()} for kept in self.buffers]
+        self.random = _random_state(device)
+        self.autocast = _autocast_state(device)
+        with _autocast(self.autocast):
+            output = _run(self.function, self.operands, inputs)
+        # What did not change need not be kept: `again` copies the live buffer.
+        for module, kept, version in zip(self.modules, self.buffers, versions, strict=True):
+            for name, (live, _) in list(kept.items()):
+                if module._buffers.get(name) is live and live._version == version[name]:
+                    del kept[name]
+        self.random = _drawn_from(self.random)
+        return output
+
+    def again(self, tensors: Sequence[Tensor], *inputs: Any) -> Any:
+        stand_ins: dict[int, nn.Module] = {}
+        for position, module in enumerate(self.modules):
+            if id(module) not in stand_ins:
+                stand_ins[id(module)] = self._stand_in(position, tensors)
+        for stand_in in stand_ins.values():
+            children = stand_in.__dict__["_modules"]
+            if children:
+                stand_in.__dict__["_modules"] = {n: c and stand_ins[id(c)] for n, c in children.items()}
+        operands: list[nn.Module | Tensor] = [
+            tensors[self._index[id(x)]] if isinstance(x, Tensor) else stand_ins[id(x)] for x in self.operands
+        ]
+        with _replaying(), _random(self.random), _autocast(self.autocast):
+            return _run(self.function, operands, inputs)
+
+    @staticmethod
+    def _changing_buffers(module: nn.Module) -> dict[str, tuple[Tensor, Tensor]]:
+        """Name to (live buffer, copy), for the buffers that an evaluation may change and may depend on."""
+        if not module.training or type(module) in _BATCH_STATISTICS:
+            return {}
+        return {name: (b, b.clone()) for name, b in module._buffers.items() if b is not None}
+
+    def _stand_in(self, position: int, tensors: Sequence[Tensor]) -> nn.Module:
+        module = self.modules[position]
+        if isinstance(module, torch.jit.ScriptModule):
+            return module  # has no dictionary to copy
+        stand_in: nn.Module = object.__new__(type(module))
+        stand_in.__dict__.update(module.__dict__)
+        stand_in.__dict__["training"] = training = self.training[position]
+        slots = self._slots[position]
+        live = module._parameters
+        if any(live.get(name) is not tensors[index] for name, index in slots.items()):
+            stand_in.__dict__["_parameters"] = {**live, **{n: tensors[i] for n, i in slots.items()}}
+            if isinstance(module, nn.RNNBase):  # keeps a list of its weights beside the dictionary
+                stand_in.__dict__["_flat_weights"] = [getattr(stand_in, n) for n in module._flat_weights_names]
+        if training and module._buffers:
+            stand_in.__dict__["_buffers"] = self._buffers_before(position)
+        return stand_in
+
+    def _buffers_before(self, position: int) -> dict[str, Tensor | None]:
+        module, kept = self.modules[position], self.buffers[position]
+        if type(module) in _BATCH_STATISTICS:
+            return dict.fromkeys(module._buffers)
+        return {
+            name: (kept[name][1] if name in kept else buffer).clone() if buffer is not None else None
+            for name, buffer in module._buffers.items()
+        }
+
+
+def _run(function: nn.Module, operands: Sequence[nn.Module | Tensor], inputs: Sequence[Any]) -> Any:
+    if isinstance(function, Region):
+        return function.run(list(operands), *inputs)
+    module = operands[0]
+    assert isinstance(module, nn.Module)
+    return module(*inputs)
+
+
+@contextmanager
+def _replaying() -> Iterator[None]:
+    before = is_replaying()
+    _thread.replaying = True
+    try:
+        yield
+    finally:
+        _thread.replaying = before
+
+
+# Random state ---------------------------------------------------------------------------------------------
+
+RandomState = list[tuple[torch.device, Tensor]]
+
+
+def _random_state(device: torch.device) -> RandomState:
+    devices = [torch.device("cpu")] + ([device] if device.type not in ("cpu", "meta") else [])
+    return [(d, _get_generator(d)) for d in devices]
+
+
+def _drawn_from(before: RandomState) -> RandomState:
+    """The part of a state whose generators have advanced since: nothing, for a branch that draws no numbers."""
+    return [(device, state) for device, state in before if not torch.equal(state, _get_generator(device))]
+
+
+@contextmanager
+def _random(state: RandomState) -> Iterator[None]:
+    current = [(device, _get_generator(device)) for device, _ in state]
+    try:
+        for device, value in state:
+            _set_generator(device, value)
+        yield
+    finally:
+        for device, value in current:
+            _set_generator(device, value)
+
+
+def _get_generator(device: torch.device) -> Tensor:
+    if device.type == "cpu":
+        return torch.get_rng_state()
+    state: Tensor = torch.get_device_module(device).get_rng_state(device)
+    return state
+
+
+def _set_generator(device: torch.device, state: Tensor) -> None:
+    if device.type == "cpu":
+        torch.set_rng_state(state)
+    else:
+        torch.get_device_module(device).set_rng_state(state, device)
+
+
+# Autocast -------------------------------------------------------------------------------------------------
+
+AutocastState = list[tuple[str, bool, torch.dtype]]
+
+
+def _autocast_state(device: torch.device) -> AutocastState:
+    types = ["cpu"] + ([device.type] if device.type not in ("cpu", "meta") else [])
+    return [(t, torch.is_autocast_enabled(t), torch.get_autocast_dtype(t)) for t in types]
+
+
+@contextmanager
+def _autocast(state: AutocastState) -> Iterator[None]:
+    current = [(t, torch.is_autocast_enabled(t), torch.get_autocast_dtype(t)) for t, _, _ in state]
+    if current == state and not any(enabled for _, enabled, _ in state):
+        yield
+        return
+    cache = torch.is_autocast_cache_enabled()
+    _set_autocast(state)
+    torch.set_autocast_cache_enabled(False)
+    try:
+        yield
+    finally:
+        _set_autocast(current)
+        torch.set_autocast_cache_enabled(cache)
+
+
+def _set_autocast(state: AutocastState) -> None:
+    for device_type, enabled, dtype in state:
+        torch.set_autocast_enabled(device_type, enabled)
+        torch.set_autocast_dtype(device_type, dtype)
