@@ -1,0 +1,204 @@
+"""Facts about single nodes of a graph: what is an addition, an activation, a norm, a read of a shape."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import fx, nn
+
+ACTIVATIONS: tuple[type[nn.Module], ...] = (
+    nn.ReLU,
+    nn.ReLU6,
+    nn.LeakyReLU,
+    nn.ELU,
+    nn.CELU,
+    nn.SELU,
+    nn.GELU,
+    nn.SiLU,
+    nn.Mish,
+    nn.Hardswish,
+    nn.Hardsigmoid,
+    nn.Hardtanh,
+    nn.Sigmoid,
+    nn.Tanh,
+    nn.Softplus,
+    nn.Softsign,
+    nn.Tanhshrink,
+    nn.Softshrink,
+    nn.Hardshrink,
+    nn.LogSigmoid,
+    nn.Threshold,
+)
+_ACTIVATION_NAMES = {
+    *("relu", "relu_", "relu6", "leaky_relu", "leaky_relu_", "elu", "elu_", "celu", "celu_", "selu", "selu_"),
+    *("gelu", "silu", "mish", "hardswish", "hardsigmoid", "hardtanh", "sigmoid", "sigmoid_", "tanh", "tanh_"),
+    *("softplus", "softsign", "tanhshrink", "softshrink", "hardshrink", "logsigmoid"),
+}
+_NORMS = (
+    nn.modules.batchnorm._NormBase,
+    nn.LayerNorm,
+    nn.GroupNorm,
+    nn.LocalResponseNorm,
+    nn.RMSNorm,
+)
+_NORM_NAMES = {"batch_norm", "layer_norm", "group_norm", "instance_norm", "rms_norm"}
+_LINEAR = (
+    nn.modules.conv._ConvNd,
+    nn.Linear,
+    *_NORMS,
+    nn.modules.pooling._AvgPoolNd,
+    nn.modules.pooling._MaxPoolNd,
+    nn.modules.pooling._AdaptiveAvgPoolNd,
+    nn.modules.padding._ConstantPadNd,
+    nn.modules.padding._ReflectionPadNd,
+    nn.modules.padding._ReplicationPadNd,
+    nn.Identity,
+    nn.Flatten,
+    nn.Upsample,
+)
+_LINEAR_NAMES = {
+    *_NORM_NAMES,
+    *("conv1d", "conv2d", "conv3d", "linear", "pad", "interpolate", "getitem", "cat", "concat", "zeros_like"),
+    *("avg_pool1d", "avg_pool2d", "avg_pool3d", "max_pool1d", "max_pool2d", "max_pool3d", "mean", "contiguous"),
+    *("adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool3d", "flatten", "permute", "transpose"),
+    *("reshape", "view", "unsqueeze", "squeeze", "mul", "truediv", "div", "neg", "slice", "narrow", "boolean_dispatch"),
+}
+_SCALING = {"mul", "imul", "truediv", "div", "neg", "multiply", "mul_", "div_"}
+_SHAPE_ATTRIBUTES = {"shape", "dtype", "device", "ndim", "layout", "is_cuda", "requires_grad", "itemsize"}
+_SHAPE_METHODS = {"size", "dim", "ndimension", "numel", "nelement", "stride", "is_floating_point", "get_device"}
+
+
+class Operations:
+    """The facts, for the graph of one model."""
+
+    def __init__(self, graph: fx.Graph, root: nn.Module) -> None:
+        self.graph, self.root = graph, root
+        self.modules = dict(root.named_modules(remove_duplicate=False))
+        self._shape_reads: dict[fx.Node, bool] = {}
+
+    def module(self, node: fx.Node) -> nn.Module | None:
+        return self.modules.get(str(node.target)) if node.op == "call_module" else None
+
+    def name(self, node: fx.Node) -> str:
+        """The name of the called function or method, in the library's spelling."""
+        if node.op == "call_method":
+            return str(node.target)
+        if node.op == "call_function":
+            # torch.nn.functional's pooling functions hide behind a dispatcher of another name.
+            name = getattr(node.target, "__name__", "")
+            return "boolean_dispatch" if name == "fn" else name
+        return ""
+
+    def terms(self, node: fx.Node) -> tuple[tuple[Any, float], ...]:
+        """The operands of an addition or subtraction of two values, each with its factor; else nothing."""
+        name, args, kwargs = self.name(node), node.args, node.kwargs
+        if name not in {"add", "iadd", "add_", "sub", "isub", "sub_", "subtract"} or len(args) != 2:
+            return ()
+        alpha = kwargs.get("alpha", 1)
+        if not isinstance(alpha, (int, float)) or not all(isinstance(a, fx.Node) for a in args):
+            return ()
+        sign = -1.0 if "sub" in name else 1.0
+        return (args[0], 1.0), (args[1], sign * alpha)
+
+    def writes(self, node: fx.Node) -> fx.Node | None:
+        """The argument that the operation overwrites, if it works in place."""
+        first = node.args[0] if node.args else None
+        if not isinstance(first, fx.Node):
+            return None
+        name = self.name(node)
+        in_place = (
+            (node.op == "call_method" and name.endswith("_") and not name.endswith("__"))
+            or (node.op == "call_function" and name.endswith("_"))
+            or (node.op == "call_function" and getattr(operator, name, None) is node.target and name in _IN_PLACE)
+            or node.kwargs.get("inplace") is True
+            or getattr(self.module(node), "inplace", False) is True
+            or (name in _ACTIVATION_NAMES and True in node.args[1:])
+        )
+        return first if in_place else None
+
+    def is_identity(self, node: fx.Node) -> bool:
+        return type(self.module(node)) is nn.Identity
+
+    def is_activation(self, node: fx.Node) -> bool:
+        """Elementwise and free of parameters."""
+        if node.op == "call_module":
+            return isinstance(self.module(node), ACTIVATIONS) or self.is_identity(node)
+        return self.name(node) in _ACTIVATION_NAMES
+
+    def is_norm(self, node: fx.Node) -> bool:
+        module = self.module(node)
+        if module is None:
+            return self.name(node) in _NORM_NAMES
+        return isinstance(module, _NORMS) or ("norm" in type(module).__name__.lower() and not list(module.children()))
+
+    def is_linear(self, node: fx.Node) -> bool:
+        """Whether the node may stand in a projection shortcut."""
+        if node.op == "call_module":
+            return isinstance(self.module(node), _LINEAR) or self.is_norm(node)
+        return node.op == "get_attr" or self.name(node) in _LINEAR_NAMES or self.is_shape_read(node)
+
+    def is_scaling(self, node: fx.Node) -> bool:
+        return self.name(node) in _SCALING
+
+    def is_shape_read(self, node: fx.Node) -> bool:
+        """Whether the node reads a shape, a dtype or a device, or computes with such values alone."""
+        known = self._shape_reads.get(node)
+        if known is None:
+            known = self._shape_reads[node] = self._reads_shape(node)
+        return known
+
+    def _reads_shape(self, node: fx.Node) -> bool:
+        if node.op == "call_method" and node.target in _SHAPE_METHODS:
+            return True
+        if node.op != "call_function":
+            return False
+        if node.target is getattr:
+            return node.args[1] in _SHAPE_ATTRIBUTES
+        plain = getattr(node.target, "__module__", "") in ("_operator", "builtins", "math")
+        inputs = node.all_input_nodes
+        return (plain or node.target is torch._assert) and bool(inputs) and all(map(self.is_shape_read, inputs))
+
+    def data_inputs(self, node: fx.Node) -> Iterator[fx.Node]:
+        """The nodes whose values, not only whose shapes, the node depends on."""
+        if not self.is_shape_read(node):
+            for other in node.all_input_nodes:
+                if not self.is_shape_read(other):
+                    yield other
+
+    def data_users(self, node: fx.Node) -> list[fx.Node]:
+        return [user for user in node.users if not self.is_shape_read(user)]
+
+
+_IN_PLACE = {"iadd", "isub", "imul", "itruediv", "ifloordiv", "ipow"}
+
+
+def functional(module: nn.Module) -> Any:
+    """The out-of-place function of an activation module that works in place, or None."""
+    make = _FUNCTIONAL.get(type(module))
+    return make(module) if make else None
+
+
+_FUNCTIONAL: dict[type[nn.Module], Any] = {
+    nn.ReLU: lambda m: F.relu,
+    nn.ReLU6: lambda m: F.relu6,
+    nn.SiLU: lambda m: F.silu,
+    nn.Mish: lambda m: F.mish,
+    nn.SELU: lambda m: F.selu,
+    nn.Hardswish: lambda m: F.hardswish,
+    nn.Hardsigmoid: lambda m: F.hardsigmoid,
+    nn.LeakyReLU: lambda m: lambda x: F.leaky_relu(x, m.negative_slope),
+    nn.ELU: lambda m: lambda x: F.elu(x, m.alpha),
+    nn.CELU: lambda m: lambda x: F.celu(x, m.alpha),
+}
+
+
+def activate(activation: nn.Module, x: Any) -> Any:
+    """``activation(x)`` that leaves x as it is, whatever the module's ``inplace`` says."""
+    if not getattr(activation, "inplace", False):
+        return activation(x)
+    function = None if activation._forward_hooks or activation._forward_pre_hooks else functional(activation)
+    return function(x) if function else activation(x.clone())

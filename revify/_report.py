@@ -1,0 +1,107 @@
+"""What was converted, what was not, and why."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """Something that was not converted.
+
+    Attributes:
+        where: the dotted path of the module in which the addition happens, and the addition's name in the graph.
+        code: a short stable word: "post-norm", "ambiguous", "scaled-skip", "in-place", "escapes", "untraceable",
+            "mode-dependent", "no-additions".
+        message: one sentence that says why, with the remedy.
+    """
+
+    where: str
+    code: str
+    message: str
+
+    def __str__(self) -> str:
+        return f"{self.where}: {self.message} [{self.code}]"
+
+
+@dataclass(frozen=True)
+class UnitReport:
+    """One residual addition: its name in the graph, its kind ("identity" or "transition") and the path of the
+    original module that holds it."""
+
+    name: str
+    kind: str
+    module: str
+
+
+@dataclass(frozen=True)
+class ChainReport:
+    """One chain: its additions in order, and how its streams begin and end."""
+
+    name: str
+    units: tuple[UnitReport, ...]
+    entry: str
+    exit: str
+
+
+@dataclass(frozen=True)
+class Report:
+    """The result of the analysis of a model. Prints as a table."""
+
+    model: str
+    chains: tuple[ChainReport, ...]
+    refusals: tuple[Refusal, ...]
+    notes: tuple[str, ...]
+
+    @property
+    def convertible(self) -> bool:
+        """Whether there is anything to convert."""
+        return bool(self.chains)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as plain dictionaries, lists and strings."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        units = sum(len(chain.units) for chain in self.chains)
+        lines = [
+            f"{self.model}: {units} {_plural('residual unit', units)} in {len(self.chains)} "
+            f"{_plural('reversible chain', len(self.chains))}, {len(self.refusals)} refused"
+        ]
+        rows = list(self._rows())
+        if rows:
+            widths = [max(len(row[i]) for row in [_COLUMNS, *rows]) for i in range(len(_COLUMNS))]
+            lines.append("")
+            for row in [_COLUMNS, tuple("-" * w for w in widths), *rows]:
+                lines.append("  " + "  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip())
+        for title, entries in (("refused", self.refusals), ("notes", self.notes)):
+            if entries:
+                lines += ["", f"{title}:", *(f"  - {entry}" for entry in entries)]
+        return "\n".join(lines)
+
+    def _repr_html_(self) -> str:
+        head = "".join(f"<th>{html.escape(c)}</th>" for c in _COLUMNS)
+        body = "".join(
+            "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in self._rows()
+        )
+        lists = "".join(
+            f"<p>{title}</p><ul>" + "".join(f"<li>{html.escape(str(e))}</li>" for e in entries) + "</ul>"
+            for title, entries in (("refused", self.refusals), ("notes", self.notes))
+            if entries
+        )
+        return f"<p><b>{html.escape(self.model)}</b></p><table><tr>{head}</tr>{body}</table>{lists}"
+
+    def _rows(self) -> Iterator[tuple[str, ...]]:
+        for chain in self.chains:
+            for unit in chain.units:
+                yield chain.name, unit.kind, unit.module or "(model)", unit.name
+
+
+_COLUMNS = ("chain", "kind", "module", "addition")
+
+
+def _plural(noun: str, count: int) -> str:
+    return noun if count == 1 else noun + "s"
