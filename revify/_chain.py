@@ -49,7 +49,7 @@ class Step(nn.Module):
         return Update.apply(self.name, skip, f, context, p, q, *shadows, *tensors)
 
     def evaluations(self) -> tuple[Evaluation | None, Evaluation | None]:
-        return self.skip and Evaluation(self.skip), self.branch and Evaluation(self.branch)
+        return _evaluation(self.skip), _evaluation(self.branch)
 
     def anchor(self) -> Tensor | None:
         """A parameter of the step that requires grad, if any does."""
@@ -64,7 +64,8 @@ class Step(nn.Module):
         f = Evaluation(self.branch)
         a = f.again(f.tensors, q, *context)
         check_branch(self.name, r, a)
-        return r - a
+        p: Tensor = r - a
+        return p
 
     def extra_repr(self) -> str:
         return f"{self.name}, writes x{self.writes}"
@@ -189,6 +190,9 @@ def _enter(x: dict[int, Tensor], anchor: Tensor) -> dict[int, Tensor]:
     return {1: shadow1, 2: shadow2}
 
 
+def _evaluation(module: nn.Module | None) -> Evaluation | None:
+    return None if module is None else Evaluation(module)
+
+
 def _tensors(f: Evaluation | None) -> list[Tensor]:
     return f.tensors if f else []
-

@@ -205,7 +205,10 @@ class _Finder:
         if linear_a == linear_b:
             raise _Refused("ambiguous", _AMBIGUOUS[linear_a])
         if not linear_a:
-            (a, factor_a, region_a), (b, factor_b, region_b) = (b, factor_b, region_b), (a, factor_a, region_a)
+            (a, factor_a, region_a), (b, factor_b, region_b) = (
+                (b, factor_b, region_b),
+                (a, factor_a, region_a),
+            )
         if factor_a != 1.0:
             raise _Refused("scaled-skip", _SCALED.format(factor=f"{factor_a:g}"))
         self._check_in_place(z, total, sums)
@@ -234,6 +237,8 @@ class _Finder:
         """Nothing outside may read a value from inside the unit."""
         inside = unit.nodes()
         for node in inside - {unit.total}:
+            if self.ops.is_shape_read(node) and self.ops.shape_roots(node).isdisjoint(inside):
+                continue  # can be read again
             for user in node.users:
                 if user not in inside and not self._is_droppable(user):
                     raise _Refused(
@@ -317,11 +322,17 @@ class _Finder:
             users = [u for u in node.users if not self._is_droppable(u)]
             if any(u is not reader if reader else u not in inside for u in users):
                 return False
+            reads = [u for u in users if self.ops.is_shape_read(u)]
+            if any(u not in inside and not self._is_droppable(u) for read in reads for u in read.users):
+                return False
         owned = {*path, *inside}
         entry = run[0].unit.z
-        return not any(
-            self.depends(other, entry) and other not in owned for node in inside for other in node.all_input_nodes
-        )
+        outside = {other for node in inside for other in node.all_input_nodes if other not in owned}
+        earlier = set().union(*(node.unit.nodes() for node in run))
+        return not any(self.depends(other, entry) or not self._roots(other).isdisjoint(earlier) for other in outside)
+
+    def _roots(self, node: fx.Node) -> set[fx.Node]:
+        return self.ops.shape_roots(node) if self.ops.is_shape_read(node) else {node}
 
 
 _SCALED = (

@@ -10,8 +10,13 @@ class RevifyError(Exception):
 class NotConvertibleError(RevifyError):
     """The model holds nothing that can be converted, or, with ``strict=True``, something that cannot.
 
-    The message lists every reason, each with its place and a remedy.
+    The message lists every reason, each with its place and a remedy. ``code`` is the short word for it that a
+    `Refusal` carries.
     """
+
+    def __init__(self, message: str, code: str = "not-convertible") -> None:
+        super().__init__(message)
+        self.code = code
 
 
 class ReconstructionError(RevifyError):

@@ -41,7 +41,7 @@ class Enter(torch.autograd.Function):
         return _shadow(x1), _shadow(x2)
 
     @staticmethod
-    def backward(ctx: Any, x1: Tensor, x2: Tensor) -> tuple[None, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, x1: Tensor, x2: Tensor) -> tuple[None, None, None]:
         return None, None, None
 
 
@@ -55,7 +55,7 @@ class Leave(torch.autograd.Function):
         return p.view_as(p), q.view_as(q)
 
     @staticmethod
-    def backward(ctx: Any, dp: Tensor | None, dq: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, dp: Tensor | None, dq: Tensor | None) -> tuple[Tensor | None, ...]:
         p, q = ctx.saved_tensors
         return dp, dq, p, q
 
@@ -68,7 +68,7 @@ class Update(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,
         name: str,
         skip: Evaluation | None,
@@ -93,7 +93,7 @@ class Update(torch.autograd.Function):
         return r, q_shadow.view_as(q_shadow), _shadow(r)
 
     @staticmethod
-    def backward(ctx: Any, dr: Tensor | None, q: Tensor, r: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+    def backward(ctx: Any, dr: Tensor | None, q: Tensor, r: Tensor) -> tuple[Any, ...]:
         kept_p, *tensors = ctx.saved_tensors
         skip, f = ctx.skip, ctx.f
         needs = ctx.needs_input_grad[8:]
@@ -120,14 +120,14 @@ class Recompute(torch.autograd.Function):
     """``Recompute.apply(f, x, *tensors)``: ``f(x)`` that keeps its input alone (activation checkpointing)."""
 
     @staticmethod
-    def forward(ctx: Any, f: Evaluation, n_inputs: int, *tensors: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, f: Evaluation, n_inputs: int, *tensors: Tensor) -> Tensor:
         ctx.f, ctx.n_inputs = f, n_inputs
         ctx.save_for_backward(*tensors)
         output: Tensor = f.first(*tensors[:n_inputs])
         return output
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+    def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
         inputs, tensors = _split(ctx.saved_tensors, ctx.n_inputs)
         need_inputs, need_tensors = _split(ctx.needs_input_grad[2:], ctx.n_inputs)
         _, d_inputs, d_tensors = _replay(ctx.f, dy, inputs, need_inputs, tensors, need_tensors)

@@ -63,13 +63,43 @@ _LINEAR = (
 _LINEAR_NAMES = {
     *_NORM_NAMES,
     *("conv1d", "conv2d", "conv3d", "linear", "pad", "interpolate", "getitem", "cat", "concat", "zeros_like"),
-    *("avg_pool1d", "avg_pool2d", "avg_pool3d", "max_pool1d", "max_pool2d", "max_pool3d", "mean", "contiguous"),
+    *(
+        "avg_pool1d",
+        "avg_pool2d",
+        "avg_pool3d",
+        "max_pool1d",
+        "max_pool2d",
+        "max_pool3d",
+        "mean",
+        "contiguous",
+    ),
     *("adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool3d", "flatten", "permute", "transpose"),
-    *("reshape", "view", "unsqueeze", "squeeze", "mul", "truediv", "div", "neg", "slice", "narrow", "boolean_dispatch"),
+    *(
+        "reshape",
+        "view",
+        "unsqueeze",
+        "squeeze",
+        "mul",
+        "truediv",
+        "div",
+        "neg",
+        "slice",
+        "narrow",
+        "boolean_dispatch",
+    ),
 }
 _SCALING = {"mul", "imul", "truediv", "div", "neg", "multiply", "mul_", "div_"}
 _SHAPE_ATTRIBUTES = {"shape", "dtype", "device", "ndim", "layout", "is_cuda", "requires_grad", "itemsize"}
-_SHAPE_METHODS = {"size", "dim", "ndimension", "numel", "nelement", "stride", "is_floating_point", "get_device"}
+_SHAPE_METHODS = {
+    "size",
+    "dim",
+    "ndimension",
+    "numel",
+    "nelement",
+    "stride",
+    "is_floating_point",
+    "get_device",
+}
 
 
 class Operations:
@@ -137,8 +167,12 @@ class Operations:
 
     def is_linear(self, node: fx.Node) -> bool:
         """Whether the node may stand in a projection shortcut."""
-        if node.op == "call_module":
-            return isinstance(self.module(node), _LINEAR) or self.is_norm(node)
+        module = self.module(node)
+        if module is not None:
+            if self.is_norm(node):
+                name = type(module).__name__.lower()  # a class of the user's own may hold an activation too
+                return type(module).__module__.startswith("torch.nn") or ("norm" in name and "act" not in name)
+            return isinstance(module, _LINEAR)
         return node.op == "get_attr" or self.name(node) in _LINEAR_NAMES or self.is_shape_read(node)
 
     def is_scaling(self, node: fx.Node) -> bool:
@@ -161,6 +195,13 @@ class Operations:
         plain = getattr(node.target, "__module__", "") in ("_operator", "builtins", "math")
         inputs = node.all_input_nodes
         return (plain or node.target is torch._assert) and bool(inputs) and all(map(self.is_shape_read, inputs))
+
+    def shape_roots(self, node: fx.Node) -> set[fx.Node]:
+        """The values whose shapes the node reads, directly or through other reads of shapes."""
+        roots: set[fx.Node] = set()
+        for other in node.all_input_nodes:
+            roots |= self.shape_roots(other) if self.is_shape_read(other) else {other}
+        return roots
 
     def data_inputs(self, node: fx.Node) -> Iterator[fx.Node]:
         """The nodes whose values, not only whose shapes, the node depends on."""

@@ -11,27 +11,28 @@ from torch import Tensor, nn
 
 
 class Code:
-    """A generated function: its source, and the import path of every global that the source names.
+    """A generated function: its source, the import path of every global that the source names, and those globals
+    that cannot be imported, as they are.
 
     Pickled as text and compiled again on loading, as `torch.fx.GraphModule` does.
     """
 
-    def __init__(self, source: str, names: Mapping[str, str]) -> None:
+    def __init__(self, source: str, names: Mapping[str, str], objects: Mapping[str, Any]) -> None:
         self.source = source
-        self.names = dict(names)
+        self.names, self.objects = dict(names), dict(objects)
         self.function = self._compile()
 
     def _compile(self) -> Callable[..., Any]:
-        scope = {name: _imported(path) for name, path in self.names.items()}
+        scope = {name: imported(path) for name, path in self.names.items()} | self.objects
         exec(compile(self.source, "<revify>", "exec"), scope)
         function: Callable[..., Any] = scope["forward"]
         return function
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"source": self.source, "names": self.names}
+        return {"source": self.source, "names": self.names, "objects": self.objects}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__(state["source"], state["names"])  # type: ignore[misc]
+        self.__init__(**state)  # type: ignore[misc]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Code:
         return self
@@ -51,10 +52,10 @@ class Region(nn.Module):
         self.paths = dict(paths)
         object.__setattr__(self, "root", root)
 
-    def operands(self) -> list[nn.Module | Tensor]:
+    def operands(self) -> list[Any]:
         return [_at(self.root, path) for path in self.paths.values()]
 
-    def run(self, operands: list[nn.Module | Tensor], *inputs: Any) -> Any:
+    def run(self, operands: list[Any], *inputs: Any) -> Any:
         return self.code.function(SimpleNamespace(**dict(zip(self.paths, operands, strict=True))), *inputs)
 
     def forward(self, *inputs: Any) -> Any:
@@ -100,8 +101,9 @@ def _at(root: nn.Module, path: str) -> Any:
     return found
 
 
-def _imported(path: str) -> Any:
-    """The object at ``"module.name"``: the longest importable prefix, then attributes."""
+def imported(path: str) -> Any:
+    """The object at ``"module.name"``: the longest importable prefix, then attributes. Raises ImportError or
+    AttributeError."""
     parts = path.split(".")
     for length in range(len(parts), 0, -1):
         try:

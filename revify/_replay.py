@@ -56,8 +56,8 @@ class Evaluation:
 
     def __init__(self, function: nn.Module) -> None:
         self.function = function
-        operands = function.operands() if isinstance(function, Region) else [function]
-        self.operands: list[nn.Module | Tensor] = operands
+        operands: list[Any] = function.operands() if isinstance(function, Region) else [function]
+        self.operands = operands
         self.modules: list[nn.Module] = []
         for operand in operands:
             if isinstance(operand, nn.Module):
@@ -108,7 +108,7 @@ class Evaluation:
             if children:
                 stand_in.__dict__["_modules"] = {n: c and stand_ins[id(c)] for n, c in children.items()}
         operands: list[nn.Module | Tensor] = [
-            tensors[self._index[id(x)]] if isinstance(x, Tensor) else stand_ins[id(x)] for x in self.operands
+            tensors[self._index[id(x)]] if isinstance(x, Tensor) else stand_ins.get(id(x), x) for x in self.operands
         ]
         with _replaying(), _random(self.random), _autocast(self.autocast):
             return _run(self.function, operands, inputs)

@@ -8,6 +8,7 @@ as single calls. The module is as it was.
 from __future__ import annotations
 
 import inspect
+import operator
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -42,16 +43,25 @@ def trace(model: nn.Module, example_inputs: Any = None) -> Trace:
             continue
         differing = _merge_modes(graph, other)
         if not differing:
+            _erase_unread_items(graph)
             return Trace(graph, tuple(opaque.values()))
         if "" in differing or differing <= opaque.keys():
             raise NotConvertibleError(
                 "model cannot be converted: its own forward takes different paths in train and in eval mode "
-                "(`if self.training`). Move that part into a submodule of its own."
+                "(`if self.training`). Move that part into a submodule of its own.",
+                "mode-dependent",
             )
         for path in differing:
             reason = "takes different paths in train and in eval mode, so it is called as a whole; additions "
             reason += "inside it are not converted. Move the part under `if self.training` into its own submodule."
             opaque[path] = Refusal(path, "mode-dependent", reason)
+
+
+def _erase_unread_items(graph: fx.Graph) -> None:
+    """``x, _ = f()`` records the second item too; nobody reads it."""
+    for node in reversed(list(graph.nodes)):
+        if node.target is operator.getitem and not node.users:
+            graph.erase_node(node)
 
 
 def module_path(node: fx.Node) -> str:
@@ -90,7 +100,7 @@ class _Tracer(fx.Tracer):
         except _Untraceable:
             raise
         except Exception as error:
-            raise NotConvertibleError(f"model cannot be traced: {_reason(error)}") from error
+            raise NotConvertibleError(f"model cannot be traced: {_reason(error)}", "untraceable") from error
 
 
 def _reason(error: Exception) -> str:

@@ -15,9 +15,7 @@ BLOCK = re.compile(r"^( *)```python\b[^\n]*\n(.*?)^\1```\s*?$", re.MULTILINE | r
 
 def python_blocks(text: str) -> list[str]:
     """The source of each block, moved to its line in the page, so that a traceback names that line."""
-    return [
-        "\n" * text.count("\n", 0, match.start(2)) + textwrap.dedent(match[2]) for match in BLOCK.finditer(text)
-    ]
+    return ["\n" * text.count("\n", 0, match.start(2)) + textwrap.dedent(match[2]) for match in BLOCK.finditer(text)]
 
 
 @pytest.mark.parametrize("page", [p for p in PAGES if python_blocks(p.read_text())], ids=lambda p: p.name)

@@ -1,0 +1,182 @@
+"""convert, explain, report: each stage in turn."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import Any
+
+from torch import fx, nn
+
+from revify._chain import ReversibleChain, check_coupling
+from revify._chains import find_chains
+from revify._errors import NotConvertibleError, RevifyError
+from revify._operations import Operations
+from revify._plan import ChainPlan, Plan, make_plan
+from revify._report import ChainReport, Refusal, Report, UnitReport
+from revify._rewrite import Converted, rewrite
+from revify._trace import module_path, trace
+
+
+def convert(
+    model: nn.Module,
+    example_inputs: Any = None,
+    *,
+    coupling: str = "revnet",
+    entry: str = "duplicate",
+    exit: str = "mean",
+    tie_shortcuts: bool = True,
+    strict: bool = False,
+) -> nn.Module:
+    """Returns the reversible form of a residual network; ``model`` is left as it was.
+
+    The new model has copies of the same parameters under the same names, and computes a *different function* of
+    them: each chain of residual additions runs in two streams (Gomez et al. 2017). Its training step keeps
+    activations that do not grow with the number of units.
+
+    Args:
+        model: a residual network.
+        example_inputs: a tensor, a tuple of positional inputs or a dict of keyword inputs; needed only where
+            forward has optional arguments, to say which of them are given.
+        coupling: the recurrence; ``"revnet"`` is the one there is.
+        entry: how the two streams begin: ``"duplicate"`` (both are the chain's input).
+        exit: how they end: ``"mean"`` ((x1 + x2) / 2).
+        tie_shortcuts: whether both streams share the projections of a transition.
+        strict: refuse the whole model where any unit is refused.
+
+    Raises:
+        NotConvertibleError: no unit can be converted, or, with ``strict``, not every one; lists each reason.
+        RevifyError: an argument is not as it must be.
+    """
+    _check_options(coupling, entry, exit, tie_shortcuts, strict)
+    analysis = _analyse(model, example_inputs, entry=entry, exit=exit)
+    report = analysis.report
+    if not report.chains:
+        raise NotConvertibleError(_listing(f"{report.model} has nothing that can be converted", report.refusals))
+    if strict and report.refusals:
+        raise NotConvertibleError(_listing(f"{report.model} cannot be converted completely", report.refusals))
+    return rewrite(analysis.graph, analysis.root, analysis.plan, report)
+
+
+def explain(
+    model: nn.Module,
+    example_inputs: Any = None,
+    *,
+    coupling: str = "revnet",
+    entry: str = "duplicate",
+    exit: str = "mean",
+    tie_shortcuts: bool = True,
+    strict: bool = False,
+) -> Report:
+    """What `convert` with the same arguments would do, as a `Report`; converts nothing. A model that cannot be
+    converted is no error here: its report has no chains.
+
+    Raises:
+        RevifyError: an argument is not as it must be.
+    """
+    _check_options(coupling, entry, exit, tie_shortcuts, strict)
+    try:
+        return _analyse(model, example_inputs, entry=entry, exit=exit).report
+    except NotConvertibleError as error:
+        name = type(model).__name__
+        return Report(name, (), (Refusal(name, error.code, str(error)),), ())
+
+
+def report(model: nn.Module) -> Report:
+    """The `Report` of a converted model.
+
+    Raises:
+        RevifyError: the model was not made by `convert`.
+    """
+    if not isinstance(model, Converted):
+        raise RevifyError(
+            f"model must be a model that convert returned, got {type(model).__name__}. "
+            "For a model that is not converted, use explain."
+        )
+    return model.revify_report
+
+
+@dataclass(frozen=True)
+class _Analysis:
+    root: nn.Module  # a copy of the user's model
+    graph: fx.Graph
+    plan: Plan
+    report: Report
+
+
+def _analyse(model: nn.Module, example_inputs: Any, *, entry: str, exit: str) -> _Analysis:
+    if not isinstance(model, nn.Module):
+        raise RevifyError(f"model must be a torch.nn.Module, got {type(model).__name__}.")
+    if any(isinstance(m, ReversibleChain) for m in model.modules()):
+        raise RevifyError(
+            f"model holds a ReversibleChain already ({type(model).__name__}): pass the model it was made from."
+        )
+    root = copy.deepcopy(model)
+    traced = trace(root, example_inputs)
+    found = find_chains(traced.graph, root)
+    plan = make_plan(traced.graph, root, found.chains, entry=entry, exit=exit)
+    converted = set().union(*(chain.nodes() for chain in found.chains))
+    inside = {str(node.target) for node in converted if node.op == "call_module"}  # what a branch holds may stay whole
+    refusals = (*(r for r in traced.refusals if r.where not in inside), *found.refusals)
+    if not found.chains and not refusals:
+        refusals = (_no_additions(traced.graph, root, type(model).__name__),)
+    chains = tuple(_chain_report(chain) for chain in plan.chains)
+    notes = tuple(_notes(plan, Operations(traced.graph, root)))
+    return _Analysis(root, traced.graph, plan, Report(type(model).__name__, chains, refusals, notes))
+
+
+def _chain_report(plan: ChainPlan) -> ChainReport:
+    units = (link.unit for link in plan.chain.links)
+    return ChainReport(
+        plan.name,
+        tuple(UnitReport(unit.total.name, unit.kind, module_path(unit.total)) for unit in units),
+        plan.entry,
+        plan.exit,
+    )
+
+
+def _notes(plan: Plan, ops: Operations) -> list[str]:
+    notes = []
+    if plan.chains:
+        notes.append(
+            "The converted model is another function of the same parameters: trained weights are a start to "
+            "fine-tune from."
+        )
+    links = [link for chain in plan.chains for link in chain.chain.links]
+    if any(ops.is_activation(node) for link in links for node in link.heads):
+        notes.append(
+            "The activation after each addition is moved: the streams carry the sum before it, and it is applied "
+            "at the head of every branch and projection, and once at the chain's exit."
+        )
+    if any(ops.is_norm(node) for link in links for node in link.heads):
+        notes.append("A norm that a branch and its projection share is called for each.")
+    if plan.stem is not None:
+        notes.append("What lies ahead of the first chain keeps its input alone, and is evaluated again in backward.")
+    return notes
+
+
+def _no_additions(graph: fx.Graph, root: nn.Module, name: str) -> Refusal:
+    ops = Operations(graph, root)
+    joins = sum(ops.name(node) in ("cat", "concat", "concatenate") for node in graph.nodes)
+    found = f"its blocks join by {joins} concatenations" if joins else "its layers follow one another"
+    return Refusal(
+        name,
+        "no-additions",
+        f"there is no residual addition z + f(z): {found}, and nothing of that can be inverted. "
+        "Use a residual network, or activation checkpointing for this one.",
+    )
+
+
+def _listing(head: str, refusals: tuple[Refusal, ...]) -> str:
+    return "\n".join([head + ":", *(f"  - {refusal}" for refusal in refusals)])
+
+
+def _check_options(coupling: str, entry: str, exit: str, tie_shortcuts: bool, strict: bool) -> None:
+    check_coupling(coupling)
+    if entry != "duplicate":
+        raise RevifyError(f"entry must be 'duplicate', got {entry!r}.")
+    if exit != "mean":
+        raise RevifyError(f"exit must be 'mean', got {exit!r}.")
+    for name, value in (("tie_shortcuts", tie_shortcuts), ("strict", strict)):
+        if not isinstance(value, bool):
+            raise RevifyError(f"{name} must be True or False, got {value!r}.")

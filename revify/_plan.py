@@ -1,0 +1,154 @@
+"""chains -> plan: which update each unit becomes. Pure data; `explain` stops here.
+
+Requires: the chains of a graph. Leaves: a frozen `Plan` in which every update names the nodes that it runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from torch import fx, nn
+
+from revify._chains import Chain, Link
+from revify._operations import Operations
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Nodes of the graph as a function of the value of ``source`` and of ``context``.
+
+    Attributes:
+        source: the node whose value is the first argument.
+        heads: activations (before a projection also norms) that come first and must leave the argument as it is.
+        nodes: the other nodes, in the graph's order.
+        result: what is added up to the result, each with its factor.
+        context: values from outside, the arguments that follow the first.
+    """
+
+    source: fx.Node
+    heads: tuple[fx.Node, ...]
+    nodes: tuple[fx.Node, ...]
+    result: tuple[tuple[fx.Node, float], ...]
+    context: tuple[fx.Node, ...]
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """One update: stream ``writes`` becomes skip + branch."""
+
+    name: str
+    writes: int
+    branch: Piece | None
+    skip: Piece | None
+
+
+@dataclass(frozen=True)
+class ChainPlan:
+    """``context`` are the values from outside that any of its branches takes."""
+
+    name: str
+    chain: Chain
+    steps: tuple[StepPlan, ...]
+    context: tuple[fx.Node, ...]
+    entry: str
+    exit: str
+
+
+@dataclass(frozen=True)
+class Plan:
+    """``stem`` is what lies ahead of the first chain, replayed in the backward pass; None where it is not worth
+    it or not possible."""
+
+    chains: tuple[ChainPlan, ...]
+    stem: Piece | None
+
+
+def make_plan(graph: fx.Graph, root: nn.Module, chains: Sequence[Chain], *, entry: str, exit: str) -> Plan:
+    ops = Operations(graph, root)
+    order = {node: i for i, node in enumerate(graph.nodes)}
+    plans = []
+    for i, chain in enumerate(chains):
+        steps = tuple(_steps(chain.links, ops))
+        context = _distinct(node for step in steps if step.branch for node in step.branch.context)
+        name = _free_name(root, f"reversible_{i}")
+        plans.append(ChainPlan(name, chain, steps, tuple(sorted(context, key=order.__getitem__)), entry, exit))
+    return Plan(tuple(plans), _stem(graph, ops, chains[0].entry) if chains else None)
+
+
+def _steps(links: Sequence[Link], ops: Operations) -> Iterable[StepPlan]:
+    """The units in turn, stream 1 first. A transition updates both streams, the second one with the branch of
+    the identity unit that follows, if one does; after it the turn is stream 1's again."""
+    writes, position = 1, 0
+    source = links[0].unit.z
+    while position < len(links):
+        link = links[position]
+        unit = link.unit
+        if unit.skip is None:
+            yield StepPlan(unit.total.name, writes, _branch(link, source, ops), None)
+            writes = 3 - writes
+        else:
+            skip = _piece(source, link.heads, unit.skip, ((unit.skip_end, 1.0),), ops)
+            yield StepPlan(unit.total.name, 1, _branch(link, source, ops), skip)
+            following = links[position + 1] if position + 1 < len(links) else None
+            if following is not None and following.unit.skip is None:
+                position += 1
+                yield StepPlan(following.unit.total.name, 2, _branch(following, unit.total, ops), skip)
+                unit = following.unit
+            else:
+                yield StepPlan(f"{unit.total.name} (stream 2)", 2, None, skip)
+            writes = 1
+        source = unit.total
+        position += 1
+
+
+def _branch(link: Link, source: fx.Node, ops: Operations) -> Piece:
+    return _piece(source, link.heads, link.unit.branch, link.unit.terms, ops)
+
+
+def _piece(
+    source: fx.Node,
+    heads: Sequence[fx.Node],
+    nodes: Sequence[fx.Node],
+    result: Sequence[tuple[fx.Node, float]],
+    ops: Operations,
+) -> Piece:
+    inside = {source, *heads, *nodes}
+    reads = _distinct(n for node in [*heads, *nodes] for n in node.all_input_nodes)
+    ends = _distinct(n for n, _ in result)
+    context = tuple(n for n in _distinct([*reads, *ends]) if n not in inside and n.op != "get_attr")
+    return Piece(source, tuple(heads), tuple(nodes), tuple(result), context)
+
+
+def _stem(graph: fx.Graph, ops: Operations, entry: fx.Node) -> Piece | None:
+    """Everything between the model's input and the first chain, if nothing else reads from inside it."""
+    needed, pending = set(), [entry]
+    while pending:
+        node = pending.pop()
+        if node not in needed:
+            needed.add(node)
+            pending.extend(node.all_input_nodes)
+    nodes = [n for n in graph.nodes if n in needed and n.op not in ("placeholder", "get_attr")]
+    inputs = [n for n in graph.nodes if n in needed and n.op == "placeholder"]
+    computations = [n for n in nodes if not ops.is_shape_read(n) and not ops.is_identity(n)]
+    inside = set(nodes)
+    closed = all(
+        user in inside
+        for node in nodes
+        if node is not entry and not (ops.is_shape_read(node) and ops.shape_roots(node) <= set(inputs))
+        for user in node.users
+    )
+    writes_input = any(ops.writes(node) in inputs for node in nodes)
+    if len(inputs) != 1 or len(computations) < 2 or not closed or writes_input:
+        return None
+    return _piece(inputs[0], (), nodes, ((entry, 1.0),), ops)
+
+
+def _distinct(nodes: Iterable[fx.Node]) -> list[fx.Node]:
+    return list(dict.fromkeys(nodes))
+
+
+def _free_name(root: nn.Module, name: str) -> str:
+    while hasattr(root, name):
+        name += "_"
+    return name
