@@ -31,7 +31,8 @@ def kept_bytes(forward: Callable[[], Any], exclude: Iterable[Tensor] = ()) -> in
 
     class Saved:
         def __init__(self, tensor: Tensor) -> None:
-            self.tensor, self.storage = tensor, _storage(tensor)
+            # detached: an operation that saves its own result would hold itself
+            self.tensor, self.storage = tensor.detach(), _storage(tensor)
             size, count = alive.get(self.storage, (tensor.untyped_storage().nbytes(), 0))
             alive[self.storage] = size, count + 1
 

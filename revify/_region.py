@@ -46,6 +46,8 @@ class Region(nn.Module):
     `buffers` and `modules` are a view of what it uses.
     """
 
+    root: nn.Module
+
     def __init__(self, code: Code, root: nn.Module, paths: Mapping[str, str]) -> None:
         super().__init__()
         self.code = code

@@ -49,9 +49,10 @@ def rewrite(graph: fx.Graph, root: nn.Module, plan: Plan, report: Report) -> Con
 
     chains = [_chain(chain, region) for chain in plan.chains]
     stem = region(plan.stem)  # every piece is copied before the graph changes
+    current: dict[fx.Node, fx.Node] = {}  # an addition that ended a chain, and what stands in its place
     for chain, module in zip(plan.chains, chains, strict=True):
         model.add_module(chain.name, module)
-        _call_chain(graph, ops, chain)
+        current[chain.chain.total] = _call_chain(graph, ops, chain, current)
     if plan.stem is not None and stem is not None:
         model.add_module(_STEM, Recomputed(stem))
         _call_stem(graph, ops, plan.stem)
@@ -72,16 +73,17 @@ def _chain(plan: ChainPlan, region: Callable[[Piece | None], Region | None]) -> 
     return ReversibleChain.from_steps(steps)
 
 
-def _call_chain(graph: fx.Graph, ops: Operations, plan: ChainPlan) -> None:
-    """Puts the chain's call in the place of its last addition. The reads of its inputs are taken from the first
-    nodes that make them, so that they are those of an earlier chain's result where there is one."""
+def _call_chain(graph: fx.Graph, ops: Operations, plan: ChainPlan, current: dict[fx.Node, fx.Node]) -> fx.Node:
+    """Puts the chain's call in the place of its last addition, and returns its result."""
     total = plan.chain.total
+    entry, *context = (current.get(node, node) for node in (plan.chain.entry, *plan.context))
     with graph.inserting_before(total):
-        state = graph.call_module(plan.name, (plan.chain.entry, plan.chain.entry, *plan.context))
+        state = graph.call_module(plan.name, (entry, entry, *context))
         y1, y2 = (graph.call_function(operator.getitem, (state, i)) for i in range(2))
         merged = graph.call_function(mean, (y1, y2))
     total.replace_all_uses_with(merged)
     _erase(graph, ops, plan.chain.nodes())
+    return merged
 
 
 def _call_stem(graph: fx.Graph, ops: Operations, stem: Piece) -> None:

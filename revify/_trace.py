@@ -2,7 +2,7 @@
 
 Requires: a module. Leaves: a `torch.fx.Graph` over the module's own submodules that means the model's forward
 in train and in eval mode, and the list of submodules that could not be traced into, which stand in the graph
-as single calls. The module is as it was.
+as single calls. The module gains non-persistent buffers for constants that its forward makes, and is else as it was.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx, nn
@@ -44,17 +44,25 @@ def trace(model: nn.Module, example_inputs: Any = None) -> Trace:
         differing = _merge_modes(graph, other)
         if not differing:
             _erase_unread_items(graph)
+            _register_constants(model, graph)
             return Trace(graph, tuple(opaque.values()))
         if "" in differing or differing <= opaque.keys():
             raise NotConvertibleError(
                 "model cannot be converted: its own forward takes different paths in train and in eval mode "
-                "(`if self.training`). Move that part into a submodule of its own.",
+                "(`if self.training`), or draws random numbers of a fixed shape. Move that part into a submodule.",
                 "mode-dependent",
             )
         for path in differing:
             reason = "takes different paths in train and in eval mode, so it is called as a whole; additions "
             reason += "inside it are not converted. Move the part under `if self.training` into its own submodule."
             opaque[path] = Refusal(path, "mode-dependent", reason)
+
+
+def _register_constants(model: nn.Module, graph: fx.Graph) -> None:
+    """Tensors that forward makes without looking at its inputs become buffers, which move with the model."""
+    for node in graph.nodes:
+        if "constant" in node.meta and not hasattr(model, node.target):
+            model.register_buffer(node.target, node.meta["constant"], persistent=False)
 
 
 def _erase_unread_items(graph: fx.Graph) -> None:
@@ -75,10 +83,29 @@ class _Untraceable(Exception):
         self.path, self.reason = path, reason
 
 
+class _BufferProxy(fx.proxy.ParameterProxy):
+    """Stands for a buffer; its shape is a constant."""
+
+    def __init__(self, tracer: fx.Tracer, node: fx.Node, name: str, buffer: Tensor) -> None:
+        fx.Proxy.__init__(self, node, tracer)
+        self.param, self.name = cast(nn.Parameter, buffer), name
+
+
 class _Tracer(fx.Tracer):
     def __init__(self, opaque: dict[str, Refusal]) -> None:
         super().__init__(param_shapes_constant=True)
         self.opaque = opaque
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
+        """A buffer that forward computes with is read at every call, as parameters are, not now."""
+        if isinstance(attr_val, Tensor) and not isinstance(attr_val, nn.Parameter):
+            name = next((name for name, buffer in self.root.named_buffers() if buffer is attr_val), None)
+            if name is not None:
+                if name not in parameter_proxy_cache:
+                    node = self.create_node("get_attr", name, (), {})
+                    parameter_proxy_cache[name] = _BufferProxy(self, node, name, attr_val)
+                return parameter_proxy_cache[name]
+        return super().getattr(attr, attr_val, parameter_proxy_cache)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return module_qualified_name in self.opaque or super().is_leaf_module(m, module_qualified_name)
@@ -95,12 +122,20 @@ class _Tracer(fx.Tracer):
             raise _Untraceable(path, _reason(error) + " It is called as a whole.") from error
 
     def trace(self, root: Any, concrete_args: Any = None) -> fx.Graph:
+        before = set(vars(root))
         try:
-            return super().trace(root, concrete_args)
+            graph = super().trace(root, concrete_args)
+            for node in graph.nodes:
+                if node.op == "get_attr" and node.target not in before and node.target in vars(root):
+                    node.meta["constant"] = vars(root)[node.target]
+            return graph
         except _Untraceable:
             raise
         except Exception as error:
             raise NotConvertibleError(f"model cannot be traced: {_reason(error)}", "untraceable") from error
+        finally:
+            for name in vars(root).keys() - before:
+                del vars(root)[name]
 
 
 def _reason(error: Exception) -> str:
@@ -169,14 +204,20 @@ def _merge_modes(graph: fx.Graph, other: fx.Graph) -> set[str]:
         twin = dict(zip(nodes, others, strict=True))
         flags: list[fx.Node] = []
         for node, match in twin.items():
-            same = (node.op, node.target) == (match.op, match.target)
-            if not same or not _same_arguments(node, match, twin, flags):
+            if not _same_target(node, match) or not _same_arguments(node, match, twin, flags):
                 break
         else:
             for node in dict.fromkeys(flags):
                 _read_training(graph, node, twin[node])
             return set()
     return _innermost_differences(nodes, others)
+
+
+def _same_target(node: fx.Node, match: fx.Node) -> bool:
+    a, b = node.meta.get("constant"), match.meta.get("constant")
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        return torch.equal(a, b)  # unless forward drew random numbers
+    return bool((node.op, node.target) == (match.op, match.target))
 
 
 def _same_arguments(node: fx.Node, match: fx.Node, twin: dict[fx.Node, fx.Node], flags: list[fx.Node]) -> bool:

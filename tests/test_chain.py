@@ -1,0 +1,177 @@
+"""The engine: ReversibleChain against plain autograd of the same coupled function."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import revify
+from revify import ReversibleChain
+from tests.test_convert import assert_same_gradients
+
+
+def branch(width: int = 4, dropout: float = 0.0, inplace: bool = False) -> nn.Sequential:
+    return nn.Sequential(
+        nn.BatchNorm2d(width),
+        nn.ReLU(inplace=inplace),
+        nn.Conv2d(width, width, 3, padding=1),
+        nn.Dropout(dropout, inplace=inplace),
+        nn.GroupNorm(2, width),
+        nn.Tanh(),
+    )
+
+
+def state(*shape: int) -> tuple[Tensor, Tensor]:
+    x1, x2 = (torch.randn(*(shape or (3, 4, 5, 5)), dtype=torch.float64, requires_grad=True) for _ in range(2))
+    return x1, x2
+
+
+def by_hand(branches: Any, x1: Tensor, x2: Tensor) -> tuple[Tensor, Tensor]:
+    for i, f in enumerate(branches):
+        if i % 2 == 0:
+            x1 = x1 + f(x2)
+        else:
+            x2 = x2 + f(x1)
+    return x1, x2
+
+
+def loss(y1: Tensor, y2: Tensor) -> Tensor:
+    return (y1.sin() + 2 * y2.cos()).sum()
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 6])
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+@pytest.mark.parametrize("inplace", [False, True])
+def test_step_is_that_of_plain_autograd(count: int, dropout: float, inplace: bool) -> None:
+    chain = ReversibleChain([branch(dropout=dropout, inplace=inplace) for _ in range(count)]).double()
+    plain = copy.deepcopy(chain)
+    x, x_plain = state(), None
+    x_plain = tuple(v.detach().clone().requires_grad_() for v in x)
+    torch.manual_seed(1)
+    y = chain(*x)
+    loss(*y).backward()
+    torch.manual_seed(1)
+    y_plain = by_hand([step.branch for step in plain.steps], *x_plain)
+    loss(*y_plain).backward()
+    for a, b in zip(y, y_plain, strict=True):
+        assert torch.equal(a, b)
+    for a, b in zip(x, x_plain, strict=True):
+        assert float((a.grad - b.grad).abs().max()) <= 1e-11  # type: ignore[operator]
+    assert_same_gradients(chain, plain)
+    for a, b in zip(chain.buffers(), plain.buffers(), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("count", [1, 2, 5])
+def test_inverse(count: int) -> None:
+    chain = ReversibleChain([branch() for _ in range(count)]).double()
+    x = state()
+    y = chain(*x)
+    buffers = [b.clone() for b in chain.buffers()]
+    for a, b in zip(chain.inverse(*y), x, strict=True):
+        assert float((a - b).abs().max().detach()) <= 1e-12
+    assert all(torch.equal(a, b) for a, b in zip(chain.buffers(), buffers, strict=True))
+
+
+def test_eval_and_no_grad_are_plain_code() -> None:
+    chain = ReversibleChain([branch() for _ in range(3)]).double()
+    x = state()
+    assert "Update" in type(chain(*x)[0].grad_fn.next_functions[0][0]).__name__
+    chain.eval()
+    expected = by_hand([step.branch for step in chain.steps], *x)
+    for a, b in zip(chain(*x), expected, strict=True):
+        assert torch.equal(a, b)
+        assert type(a.grad_fn).__name__ == "AddBackward0"
+    chain.train()
+    with torch.no_grad():
+        assert chain(*x)[0].grad_fn is None
+
+
+def test_eval_exports() -> None:
+    chain = ReversibleChain([branch() for _ in range(3)]).double().eval()
+    x = tuple(v.detach() for v in state())
+    exported = torch.export.export(chain, x).module()
+    for a, b in zip(exported(*x), chain(*x), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_each_branch_is_evaluated_once_in_forward_and_once_in_backward() -> None:
+    chain = ReversibleChain([branch() for _ in range(3)]).double()
+    calls: list[tuple[int, bool]] = []
+    for i, step in enumerate(chain.steps):
+        step.branch[0].register_forward_hook(lambda *_, i=i: calls.append((i, revify.is_replaying())))  # type: ignore[index,union-attr]
+    y = chain(*state())
+    assert calls == [(0, False), (1, False), (2, False)]
+    loss(*y).backward()
+    assert calls[3:] == [(2, True), (1, True), (0, True)]
+
+
+@pytest.mark.parametrize("steps", [[nn.Identity()], [nn.Dropout(0.0), nn.Identity()], [nn.Flatten(1, -1)]])
+def test_branches_that_return_their_input_or_a_view(steps: list[nn.Module]) -> None:
+    chain = ReversibleChain(steps)
+    x1, x2 = torch.randn(2, 3, requires_grad=True), torch.randn(2, 3, requires_grad=True)
+    before = x1.detach().clone(), x2.detach().clone()
+    y = chain(x1, x2)
+    y[0].sum().backward()
+    for a, b, c in zip(y, by_hand(steps, x1, x2), (x1, x2), strict=True):
+        assert torch.equal(a, b)
+        assert c.grad is not None
+    assert torch.equal(x1, before[0])
+    assert torch.equal(x2, before[1])
+
+
+def test_a_branch_that_returns_a_parameter() -> None:
+    class Bias(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.bias = nn.Parameter(torch.ones(2, 3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.bias
+
+    chain = ReversibleChain([Bias(), Bias()])
+    y = chain(torch.zeros(2, 3), torch.zeros(2, 3))
+    (y[0] + 2 * y[1]).sum().backward()
+    assert torch.equal(chain.steps[0].branch.bias, torch.ones(2, 3))  # type: ignore[union-attr]
+    assert [float(s.branch.bias.grad.sum()) for s in chain.steps] == [6.0, 12.0]  # type: ignore[union-attr]
+
+
+def test_branches_are_registered_and_not_copied() -> None:
+    branches = [branch(), branch()]
+    chain = ReversibleChain(branches)
+    assert [step.branch for step in chain.steps] == branches
+    assert {id(p) for b in branches for p in b.parameters()} == {id(p) for p in chain.parameters()}
+
+
+def test_store_activations_is_undone_on_errors() -> None:
+    chain = ReversibleChain([branch()])
+    with pytest.raises(KeyError), revify.store_activations(chain):
+        assert chain.stores_activations
+        raise KeyError
+    assert not chain.stores_activations
+
+
+@pytest.mark.parametrize("grad", [(True, False), (False, True), (False, False)])
+def test_inputs_without_grad(grad: tuple[bool, bool]) -> None:
+    chain = ReversibleChain([branch() for _ in range(3)]).double()
+    plain = copy.deepcopy(chain)
+    x = tuple(v.detach().requires_grad_(g) for v, g in zip(state(), grad, strict=True))
+    loss(*chain(*x)).backward()
+    got = [v.grad for v in x]
+    for v in x:
+        v.grad = None
+    with revify.store_activations(plain):
+        loss(*plain(*x)).backward()
+    for g, v in zip(got, x, strict=True):
+        assert (g is None) == (v.grad is None)
+        assert g is None or float((g - v.grad).abs().max()) <= 1e-11  # type: ignore[operator]
+    assert_same_gradients(chain, plain)
+
+
+def test_nothing_needs_a_gradient() -> None:
+    chain = ReversibleChain([branch()]).double().requires_grad_(False)
+    assert not chain(*(v.detach() for v in state()))[0].requires_grad

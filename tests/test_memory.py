@@ -1,0 +1,111 @@
+"""What is kept between forward and backward, counted in bytes."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+import revify
+from revify import ReversibleChain, models
+from tests.test_chain import branch
+
+
+def kept(depth: int) -> int:
+    chain = ReversibleChain([branch(dropout=0.3) for _ in range(depth)])
+    x = torch.randn(2, 4, 8, 8)
+    return revify.kept_bytes(lambda: chain(x, x), chain.parameters())
+
+
+def test_a_chain_keeps_its_final_state_at_any_depth() -> None:
+    assert kept(18) == kept(72) == 2 * (2 * 4 * 8 * 8) * 4
+
+
+def test_identity_units_of_a_converted_model_keep_nothing() -> None:
+    def kept(depth: int) -> int:
+        model = revify.convert(models.cifar_resnet(depth))
+        x = torch.randn(2, 3, 16, 16)
+        return revify.kept_bytes(lambda: model(x).sum(), [x, *model.parameters()])
+
+    # (110 - 2) / 3 / 2 = 18 units a stage against 72
+    assert kept(110) == kept(434)
+
+
+def test_stored_activations_grow_with_depth() -> None:
+    def kept(depth: int) -> int:
+        model = models.cifar_resnet(depth)
+        x = torch.randn(2, 3, 16, 16)
+        return revify.kept_bytes(lambda: model(x).sum(), [x, *model.parameters()])
+
+    assert kept(38) > 1.8 * kept(20)
+
+
+def test_kept_bytes_counts_each_storage_once() -> None:
+    x = torch.randn(10, requires_grad=True)
+    assert revify.kept_bytes(lambda: x.exp()) == 40  # exp keeps its result
+    assert revify.kept_bytes(lambda: x * x) == 40  # the same tensor twice
+    assert revify.kept_bytes(lambda: x * x, [x]) == 0
+    assert revify.kept_bytes(lambda: x.view(2, 5) * x.view(2, 5).detach()) == 40  # views of one storage
+    assert revify.kept_bytes(lambda: x.detach()) == 0
+
+
+def test_kept_bytes_does_not_count_what_died_on_the_way() -> None:
+    x = torch.randn(10, requires_grad=True)
+    assert revify.kept_bytes(lambda: (x.exp().sum().item(), x.exp())[1]) == 40
+
+
+STEP = """
+import gc, sys, torch
+from torch import nn
+import revify
+torch.set_num_threads(1)
+
+def branch():
+    return nn.Sequential(*(
+        layer for _ in range(2)
+        for layer in (nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 16, 3, padding=1, bias=False))
+    ))
+
+chain = revify.ReversibleChain([branch() for _ in range(36)])
+chain.stores_activations = sys.argv[1] == "stored"
+x = torch.randn(64, 16, 32, 32)
+
+def step():
+    y1, y2 = chain(x, x)
+    ((y1 + y2) / 2).square().mean().backward()
+
+step()
+chain.zero_grad()
+print(revify.peak_bytes(step))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the process's high-water mark is Linux's")
+def test_peak_of_a_step_is_an_eighth_of_plain_autograd() -> None:
+    def peak(mode: str) -> int:
+        run = subprocess.run([sys.executable, "-c", STEP, mode], capture_output=True, text=True, check=True)
+        return int(run.stdout)
+
+    assert peak("reversible") * 8 <= peak("stored")
+
+
+def test_the_graph_dies_with_the_output() -> None:
+    """No reference cycle holds the activations until the garbage collector comes."""
+    import gc
+    import weakref
+
+    gc.collect()
+    gc.disable()
+    try:
+        model = revify.convert(models.cifar_resnet(8))
+        seen: list[weakref.ref[torch.Tensor]] = []
+        model.stages[1][0].register_forward_hook(lambda *_: None)
+        hook: nn.Module = model.stages[2][0].conv1
+        hook.register_forward_hook(lambda module, inputs, output: seen.append(weakref.ref(output)))
+        model(torch.randn(2, 3, 8, 8)).sum().backward()
+        assert [ref() for ref in seen] == [None, None]
+    finally:
+        gc.enable()
