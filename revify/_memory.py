@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -55,8 +57,9 @@ def _storage(tensor: Tensor) -> int:
 def peak_bytes(step: Callable[[], Any], device: torch.device | str | None = None) -> int:
     """The most memory that ``step()`` holds at a time beyond what is held before it, in bytes.
 
-    On a CUDA device, counted by the allocator. On the CPU, the process's high-water mark, which Linux keeps; it
-    includes what libraries allocate at their first use, so run a step ahead of the one that is measured.
+    On a CUDA device, counted by the allocator. On the CPU, the process's high-water mark, which Linux keeps, with
+    the C library's allocator set to give memory back as soon as it is freed. It includes what libraries allocate
+    at their first use, so run a step ahead of the one that is measured.
 
     Args:
         step: runs one training step.
@@ -75,16 +78,34 @@ def peak_bytes(step: Callable[[], Any], device: torch.device | str | None = None
         step()
         module.synchronize(device)
         return int(module.max_memory_allocated(device) - before)
-    clear = Path("/proc/self/clear_refs")
+    with _freed_memory_is_returned():
+        try:
+            Path("/proc/self/clear_refs").write_text("5")  # sets the mark to what is resident now
+            before = _status("VmRSS")
+        except OSError as error:
+            raise RevifyError(
+                f"peak_bytes needs Linux to measure on the CPU ({error}); kept_bytes works everywhere."
+            ) from error
+        step()
+        return _status("VmHWM") - before
+
+
+@contextmanager
+def _freed_memory_is_returned() -> Iterator[None]:
+    """What the C library keeps of freed memory would count as held. Where it is not glibc, nothing is done."""
+    trim_threshold, mmap_threshold = -1, -3  # parameters of mallopt(3)
+    libc = ctypes.CDLL(None)
+    known = hasattr(libc, "mallopt") and hasattr(libc, "malloc_trim")
+    if known:
+        libc.mallopt(mmap_threshold, 1 << 16)
+        libc.mallopt(trim_threshold, 0)
+        libc.malloc_trim(0)
     try:
-        clear.write_text("5")  # sets the mark to what is resident now
-        before = _status("VmRSS")
-    except OSError as error:
-        raise RevifyError(
-            f"peak_bytes needs Linux to measure on the CPU ({error}); kept_bytes works everywhere."
-        ) from error
-    step()
-    return _status("VmHWM") - before
+        yield
+    finally:
+        if known:  # where glibc's own adjustment ends up in a process that allocates large tensors
+            libc.mallopt(mmap_threshold, 1 << 25)
+            libc.mallopt(trim_threshold, 1 << 26)
 
 
 def _status(field: str) -> int:

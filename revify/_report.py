@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from revify._table import table
+
 
 @dataclass(frozen=True)
 class Refusal:
@@ -73,10 +75,7 @@ class Report:
         ]
         rows = list(self._rows())
         if rows:
-            widths = [max(len(row[i]) for row in [_COLUMNS, *rows]) for i in range(len(_COLUMNS))]
-            lines.append("")
-            for row in [_COLUMNS, tuple("-" * w for w in widths), *rows]:
-                lines.append("  " + "  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip())
+            lines += ["", table([_COLUMNS, *rows])]
         for title, entries in (("refused", self.refusals), ("notes", self.notes)):
             if entries:
                 lines += ["", f"{title}:", *(f"  - {entry}" for entry in entries)]

@@ -149,9 +149,14 @@ def test_branches_are_registered_and_not_copied() -> None:
 
 def test_store_activations_is_undone_on_errors() -> None:
     chain = ReversibleChain([branch()])
-    with pytest.raises(KeyError), revify.store_activations(chain):
-        assert chain.stores_activations
-        raise KeyError
+
+    def fail() -> None:
+        with revify.store_activations(chain):
+            assert chain.stores_activations
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fail()
     assert not chain.stores_activations
 
 

@@ -1,0 +1,110 @@
+"""The command ``revify``."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import importlib.util
+import sys
+from collections.abc import Sequence
+from importlib.metadata import version
+
+from torch import nn
+
+from revify._convert import explain
+from revify._errors import RevifyError
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command; returns the exit status: 0, or 1 where something is wrong with what was asked for."""
+    options = _parser().parse_args(arguments)
+    try:
+        return int(options.command(options) or 0)
+    except RevifyError as error:
+        print(f"revify: {error}", file=sys.stderr)
+        return 1
+
+
+def load_model(name: str) -> nn.Module:
+    """A model without trained weights: ``package.module:function`` is called, other names are torchvision's,
+    then timm's.
+
+    Raises:
+        RevifyError: there is no such model.
+    """
+    if ":" in name:
+        module_name, _, function = name.partition(":")
+        try:
+            model = getattr(importlib.import_module(module_name), function)()
+        except (ImportError, AttributeError) as error:
+            raise RevifyError(f"NAME {name!r} cannot be loaded: {error}") from error
+        if not isinstance(model, nn.Module):
+            raise RevifyError(f"NAME {name!r} must make a torch.nn.Module, got {type(model).__name__}.")
+        return model
+    looked_in = []
+    if importlib.util.find_spec("torchvision"):
+        from torchvision import models
+
+        looked_in.append("torchvision")
+        if name in models.list_models():
+            found: nn.Module = models.get_model(name, weights=None)
+            return found
+    if importlib.util.find_spec("timm"):
+        import timm
+
+        looked_in.append("timm")
+        if timm.is_model(name):
+            found = timm.create_model(name, pretrained=False)
+            return found
+    raise RevifyError(
+        f"NAME {name!r} is no model of {' or '.join(looked_in) or 'torchvision or timm, which are not installed'}; "
+        "a function of your own is named package.module:function."
+    )
+
+
+def _explain(options: argparse.Namespace) -> int:
+    report = explain(load_model(options.name))
+    print(report)
+    return 0 if report.convertible else 1
+
+
+def _demo(options: argparse.Namespace) -> None:
+    try:
+        from revify import demo
+    except ModuleNotFoundError as error:
+        raise RevifyError(f'the demonstration needs {error.name}: pip install "revify[demo]"') from error
+    demo.run(
+        options.data,
+        options.output,
+        depth=options.depth,
+        epochs=options.epochs,
+        batch_size=options.batch_size,
+        seed=options.seed,
+    )
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser("revify", description="Reversible residual networks, as a transform.")
+    parser.add_argument("--version", action="version", version=f"revify {version('revify')}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    command = commands.add_parser("explain", help="show what a conversion would do")
+    command.add_argument("name", metavar="NAME", help="a torchvision or timm model, or package.module:function")
+    command.set_defaults(command=_explain)
+
+    command = commands.add_parser("demo", help="train a ResNet and its conversion side by side")
+    command.add_argument("--data", metavar="PATH", help="folder with train/CLASS/*.png, test/CLASS/*.png (digits)")
+    command.add_argument("--output", metavar="PATH", default="demo-output", help="folder to write to (%(default)s)")
+    command.add_argument("--depth", type=int, default=20, help="layers, 6 n + 2 (%(default)s)")
+    command.add_argument("--epochs", type=_positive, help="passes over the data (25 of the digits, 5 of a folder)")
+    command.add_argument("--batch-size", type=_positive, default=64, help="images in a step (%(default)s)")
+    command.add_argument("--seed", type=int, default=0, help="of weights and batches (%(default)s)")
+    command.set_defaults(command=_demo)
+    return parser
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
+    return value
