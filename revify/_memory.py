@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import ctypes
-import gc
+import weakref
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from revify._errors import RevifyError
 
@@ -55,61 +54,60 @@ def _storage(tensor: Tensor) -> int:
 
 
 def peak_bytes(step: Callable[[], Any], device: torch.device | str | None = None) -> int:
-    """The most memory that ``step()`` holds at a time beyond what is held before it, in bytes.
+    """The most memory that what ``step()`` makes holds at a time, in bytes; what exists before it does not count.
 
-    On a CUDA device, counted by the allocator. On the CPU, the process's high-water mark, which Linux keeps, with
-    the C library's allocator set to give memory back as soon as it is freed. It includes what libraries allocate
-    at their first use, so run a step ahead of the one that is measured.
+    On a GPU the allocator's own count. On the CPU, which has none, the storages of the tensors that operations
+    return, each from its making to its release; not what an operation allocates and frees inside itself.
 
     Args:
         step: runs one training step.
         device: where the step computes; None is the CPU.
-
-    Raises:
-        RevifyError: the operating system keeps no high-water mark.
     """
     device = torch.device(device or "cpu")
-    gc.collect()
-    if device.type != "cpu":
-        module = torch.get_device_module(device)
-        module.synchronize(device)
-        module.reset_peak_memory_stats(device)
-        before = module.memory_allocated(device)
-        step()
-        module.synchronize(device)
-        return int(module.max_memory_allocated(device) - before)
-    with _freed_memory_is_returned():
-        try:
-            Path("/proc/self/clear_refs").write_text("5")  # sets the mark to what is resident now
-            before = _status("VmRSS")
-        except OSError as error:
-            raise RevifyError(
-                f"peak_bytes needs Linux to measure on the CPU ({error}); kept_bytes works everywhere."
-            ) from error
-        step()
-        return _status("VmHWM") - before
+    if device.type == "cpu":
+        storages = _Storages()
+        with storages:
+            step()
+        return storages.peak
+    module = torch.get_device_module(device)
+    module.synchronize(device)
+    module.reset_peak_memory_stats(device)
+    before = module.memory_allocated(device)
+    step()
+    module.synchronize(device)
+    return int(module.max_memory_allocated(device) - before)
 
 
-@contextmanager
-def _freed_memory_is_returned() -> Iterator[None]:
-    """What the C library keeps of freed memory would count as held. Where it is not glibc, nothing is done."""
-    trim_threshold, mmap_threshold = -1, -3  # parameters of mallopt(3)
-    libc = ctypes.CDLL(None)
-    known = hasattr(libc, "mallopt") and hasattr(libc, "malloc_trim")
-    if known:
-        libc.mallopt(mmap_threshold, 1 << 16)
-        libc.mallopt(trim_threshold, 0)
-        libc.malloc_trim(0)
-    try:
-        yield
-    finally:
-        if known:  # where glibc's own adjustment ends up in a process that allocates large tensors
-            libc.mallopt(mmap_threshold, 1 << 25)
-            libc.mallopt(trim_threshold, 1 << 26)
+class _Storages(TorchDispatchMode):
+    """Follows the storages that operations return: their bytes now, and the most there were."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now: int = 0
+        self.peak: int = 0
+        self._known: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        for tensor in _tensors((args, kwargs)):
+            self._meet(tensor, made=False)
+        result = func(*args, **(kwargs or {}))
+        for tensor in _tensors(result):
+            self._meet(tensor, made=True)
+        return result
+
+    def _meet(self, tensor: Tensor, made: bool) -> None:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in self._known:
+            self._known.add(storage._cdata)
+            size = storage.nbytes() if made else 0
+            self.now += size
+            self.peak = max(self.peak, self.now)
+            weakref.finalize(storage, self._release, storage._cdata, size)
+
+    def _release(self, storage: int, size: int) -> None:
+        self._known.discard(storage)
+        self.now -= size
 
 
-def _status(field: str) -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(field + ":"):
-            return int(line.split()[1]) * 1024
-    raise OSError(f"/proc/self/status has no {field}")
+def _tensors(tree: Any) -> Iterator[Tensor]:
+    return (x for x in tree_leaves(tree) if isinstance(x, Tensor))

@@ -73,14 +73,14 @@ def run(
     }
     x = normalize(images.train_images[:batch_size], images.train_images.float().mean(0))
     y = images.train_labels[:batch_size]
-    kept = {name: _kept_by_depth(name == "converted", x, y, len(images.classes)) for name in networks}
+    kept = {name: _kept_by_depth(name == "converted", x, y, len(images.classes)) for name in ("ResNet", "converted")}
     times = seconds([step_of(model, x, y) for model in networks.values()])
     results = [
         Result(
             sum(p.numel() for p in model.parameters()),
             histories[name].accuracies[-1],
             _kept(model, x, y),
-            kept[name][DEEP],
+            kept["converted" if name == "converted" else "ResNet"][DEEP],
             _peak(_network(DEEP, len(images.classes), name == "converted"), x, y),
             time,
         )
