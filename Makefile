@@ -14,7 +14,7 @@ test: $(READY)  ## The gate: formatting, lint, types, tests, documentation.
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m mypy
 	$(BIN)/python -m pytest $(ARGS)
-	$(BIN)/python -m mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
 
 test-all: $(READY)  ## The tests with the slow ones, and many more random cases.
 	HYPOTHESIS_PROFILE=thorough $(BIN)/python -m pytest --slow $(ARGS)
@@ -26,7 +26,7 @@ bench: $(READY)
 	$(BIN)/python -m benchmarks $(ARGS)
 
 docs: $(READY)  ## The documentation, in site/.
-	$(BIN)/python -m mkdocs build --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 clean:
 	rm -rf $(VENV) site build dist demo-output .pytest_cache .mypy_cache .ruff_cache .hypothesis
