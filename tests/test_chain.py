@@ -80,7 +80,7 @@ def test_inverse(count: int) -> None:
 def test_eval_and_no_grad_are_plain_code() -> None:
     chain = ReversibleChain([branch() for _ in range(3)]).double()
     x = state()
-    assert "Update" in type(chain(*x)[0].grad_fn.next_functions[0][0]).__name__
+    assert type(chain(*x)[0].grad_fn).__name__ == "LeaveBackward"
     chain.eval()
     expected = by_hand([step.branch for step in chain.steps], *x)
     for a, b in zip(chain(*x), expected, strict=True):
