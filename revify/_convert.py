@@ -39,9 +39,12 @@ def convert(
         example_inputs: a tensor, a tuple of positional inputs or a dict of keyword inputs; needed only where
             forward has optional arguments, to say which of them are given.
         coupling: the recurrence; ``"revnet"`` is the one there is.
-        entry: how the two streams begin: ``"duplicate"`` (both are the chain's input).
-        exit: how they end: ``"mean"`` ((x1 + x2) / 2).
-        tie_shortcuts: whether both streams share the projections of a transition.
+        entry: how the two streams begin: ``"duplicate"`` (both are the chain's input) or ``"widen"`` (the layer that
+            makes the input gets twice the output channels, and its output is split in halves by channel).
+        exit: how they end: ``"mean"`` ((x1 + x2) / 2) or ``"concat"`` (by channel; the layers that read the result
+            are widened). New weights are drawn from the global random generator.
+        tie_shortcuts: whether both streams share the projections of a transition; otherwise the second stream has
+            a copy of its own, under ``stream2``.
         strict: refuse the whole model where any unit is refused.
 
     Raises:
@@ -49,7 +52,7 @@ def convert(
         RevifyError: an argument is not as it must be.
     """
     _check_options(coupling, entry, exit, tie_shortcuts, strict)
-    analysis = _analyse(model, example_inputs, entry=entry, exit=exit)
+    analysis = _analyse(model, example_inputs, entry=entry, exit=exit, tie_shortcuts=tie_shortcuts)
     report = analysis.report
     if not report.chains:
         raise NotConvertibleError(_listing(f"{report.model} has nothing that can be converted", report.refusals))
@@ -76,7 +79,7 @@ def explain(
     """
     _check_options(coupling, entry, exit, tie_shortcuts, strict)
     try:
-        return _analyse(model, example_inputs, entry=entry, exit=exit).report
+        return _analyse(model, example_inputs, entry=entry, exit=exit, tie_shortcuts=tie_shortcuts).report
     except NotConvertibleError as error:
         name = type(model).__name__
         return Report(name, (), (Refusal(name, error.code, str(error)),), ())
@@ -104,7 +107,7 @@ class _Analysis:
     report: Report
 
 
-def _analyse(model: nn.Module, example_inputs: Any, *, entry: str, exit: str) -> _Analysis:
+def _analyse(model: nn.Module, example_inputs: Any, *, entry: str, exit: str, tie_shortcuts: bool) -> _Analysis:
     if not isinstance(model, nn.Module):
         raise RevifyError(f"model must be a torch.nn.Module, got {type(model).__name__}.")
     if any(isinstance(m, ReversibleChain) for m in model.modules()):
@@ -114,10 +117,10 @@ def _analyse(model: nn.Module, example_inputs: Any, *, entry: str, exit: str) ->
     root = copy.deepcopy(model)
     traced = trace(root, example_inputs)
     found = find_chains(traced.graph, root)
-    plan = make_plan(traced.graph, root, found.chains, entry=entry, exit=exit)
-    converted = set().union(*(chain.nodes() for chain in found.chains))
+    plan = make_plan(traced.graph, root, found.chains, entry=entry, exit=exit, tie_shortcuts=tie_shortcuts)
+    converted = set().union(*(chain.chain.nodes() for chain in plan.chains))
     inside = {str(node.target) for node in converted if node.op == "call_module"}  # what a branch holds may stay whole
-    refusals = (*(r for r in traced.refusals if r.where not in inside), *found.refusals)
+    refusals = (*(r for r in traced.refusals if r.where not in inside), *found.refusals, *plan.refusals)
     if not found.chains and not refusals:
         refusals = (_no_additions(traced.graph, root, type(model).__name__),)
     chains = tuple(_chain_report(chain) for chain in plan.chains)
@@ -130,8 +133,8 @@ def _chain_report(plan: ChainPlan) -> ChainReport:
     return ChainReport(
         plan.name,
         tuple(UnitReport(unit.total.name, unit.kind, module_path(unit.total)) for unit in units),
-        plan.entry,
-        plan.exit,
+        "duplicate" if plan.entry is None else "widen",
+        "mean" if plan.exit is None else "concat",
     )
 
 
@@ -173,10 +176,10 @@ def _listing(head: str, refusals: tuple[Refusal, ...]) -> str:
 
 def _check_options(coupling: str, entry: str, exit: str, tie_shortcuts: bool, strict: bool) -> None:
     check_coupling(coupling)
-    if entry != "duplicate":
-        raise RevifyError(f"entry must be 'duplicate', got {entry!r}.")
-    if exit != "mean":
-        raise RevifyError(f"exit must be 'mean', got {exit!r}.")
+    if entry not in ("duplicate", "widen"):
+        raise RevifyError(f"entry must be 'duplicate' or 'widen', got {entry!r}.")
+    if exit not in ("mean", "concat"):
+        raise RevifyError(f"exit must be 'mean' or 'concat', got {exit!r}.")
     for name, value in (("tie_shortcuts", tie_shortcuts), ("strict", strict)):
         if not isinstance(value, bool):
             raise RevifyError(f"{name} must be True or False, got {value!r}.")

@@ -6,12 +6,15 @@ Requires: the chains of a graph. Leaves: a frozen `Plan` in which every update n
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import fx, nn
 
 from revify._chains import Chain, Link
 from revify._operations import Operations
+from revify._report import Refusal
+from revify._trace import module_path
+from revify._widen import NotWidenable, Widening, widen_entry, widen_exit
 
 
 @dataclass(frozen=True)
@@ -24,6 +27,7 @@ class Piece:
         nodes: the other nodes, in the graph's order.
         result: what is added up to the result, each with its factor.
         context: values from outside, the arguments that follow the first.
+        own_copy: whether it runs copies of the modules and tensors that it uses, made for it.
     """
 
     source: fx.Node
@@ -31,6 +35,7 @@ class Piece:
     nodes: tuple[fx.Node, ...]
     result: tuple[tuple[fx.Node, float], ...]
     context: tuple[fx.Node, ...]
+    own_copy: bool = False
 
 
 @dataclass(frozen=True)
@@ -45,38 +50,59 @@ class StepPlan:
 
 @dataclass(frozen=True)
 class ChainPlan:
-    """``context`` are the values from outside that any of its branches takes."""
+    """``context`` are the values from outside that any of its branches takes; ``entry`` and ``exit`` say how the
+    streams begin and end: the layers to widen, or None for duplicate and mean."""
 
     name: str
     chain: Chain
     steps: tuple[StepPlan, ...]
     context: tuple[fx.Node, ...]
-    entry: str
-    exit: str
+    entry: Widening | None
+    exit: Widening | None
 
 
 @dataclass(frozen=True)
 class Plan:
-    """``stem`` is what lies ahead of the first chain, replayed in the backward pass; None where it is not worth
+    """``refusals`` are of chains whose ends cannot be widened. ``stem`` is what lies ahead of the first chain, replayed in the backward pass; None where it is not worth
     it or not possible."""
 
     chains: tuple[ChainPlan, ...]
     stem: Piece | None
+    refusals: tuple[Refusal, ...]
 
 
-def make_plan(graph: fx.Graph, root: nn.Module, chains: Sequence[Chain], *, entry: str, exit: str) -> Plan:
+def make_plan(
+    graph: fx.Graph, root: nn.Module, chains: Sequence[Chain], *, entry: str, exit: str, tie_shortcuts: bool
+) -> Plan:
     ops = Operations(graph, root)
     order = {node: i for i, node in enumerate(graph.nodes)}
-    plans = []
-    for i, chain in enumerate(chains):
-        steps = tuple(_steps(chain.links, ops))
+    owned = set().union(*(chain.nodes() for chain in chains))
+    plans: list[ChainPlan] = []
+    refusals: list[Refusal] = []
+    for chain in chains:
+        try:
+            widened_entry = widen_entry(chain, ops, owned) if entry == "widen" else None
+            widened_exit = widen_exit(chain, ops, owned) if exit == "concat" else None
+        except NotWidenable as error:
+            where = ".".join(filter(None, (module_path(chain.total), chain.total.name)))
+            refusals.append(Refusal(where, "not-widenable", _NOT_WIDENABLE.format(reason=error)))
+            continue
+        steps = tuple(_steps(chain.links, ops, tie_shortcuts))
         context = _distinct(node for step in steps if step.branch for node in step.branch.context)
-        name = _free_name(root, f"reversible_{i}")
-        plans.append(ChainPlan(name, chain, steps, tuple(sorted(context, key=order.__getitem__)), entry, exit))
-    return Plan(tuple(plans), _stem(graph, ops, chains[0].entry) if chains else None)
+        context.sort(key=order.__getitem__)
+        name = _free_name(root, f"reversible_{len(plans)}")
+        plans.append(ChainPlan(name, chain, steps, tuple(context), widened_entry, widened_exit))
+    stem = _stem(graph, ops, plans[0].chain.entry) if plans else None
+    return Plan(tuple(plans), stem, tuple(refusals))
 
 
-def _steps(links: Sequence[Link], ops: Operations) -> Iterable[StepPlan]:
+_NOT_WIDENABLE = (
+    'the ends of this chain cannot be widened: {reason}. Use entry="duplicate" and exit="mean", which need no wider '
+    "layers."
+)
+
+
+def _steps(links: Sequence[Link], ops: Operations, tie_shortcuts: bool) -> Iterable[StepPlan]:
     """The units in turn, stream 1 first. A transition updates both streams, the second one with the branch of
     the identity unit that follows, if one does; after it the turn is stream 1's again."""
     writes, position = 1, 0
@@ -90,6 +116,7 @@ def _steps(links: Sequence[Link], ops: Operations) -> Iterable[StepPlan]:
         else:
             skip = _piece(source, link.heads, unit.skip, ((unit.skip_end, 1.0),), ops)
             yield StepPlan(unit.total.name, 1, _branch(link, source, ops), skip)
+            skip = skip if tie_shortcuts else replace(skip, own_copy=True)
             following = links[position + 1] if position + 1 < len(links) else None
             if following is not None and following.unit.skip is None:
                 position += 1

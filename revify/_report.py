@@ -17,7 +17,7 @@ class Refusal:
     Attributes:
         where: the dotted path of the module in which the addition happens, and the addition's name in the graph.
         code: a short stable word: "post-norm", "ambiguous", "scaled-skip", "in-place", "escapes", "untraceable",
-            "mode-dependent", "no-additions".
+            "mode-dependent", "no-additions", "not-widenable".
         message: one sentence that says why, with the remedy.
     """
 

@@ -7,13 +7,16 @@ own nothing.
 
 from __future__ import annotations
 
+import copy
 import operator
 import types
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import torch
 from torch import Tensor, fx, nn
 
+from revify import _resize
 from revify._chain import Recomputed, ReversibleChain, Step
 from revify._operations import Operations, activate
 from revify._plan import ChainPlan, Piece, Plan
@@ -40,6 +43,8 @@ def rewrite(graph: fx.Graph, root: nn.Module, plan: Plan, report: Report) -> Con
     model = Converted.__new__(Converted)
     model.__dict__ = root.__dict__
     ops = Operations(graph, root)
+    for end in (end for chain in plan.chains for end in (chain.entry, chain.exit) if end is not None):
+        _resize.apply(end, root)
     made: dict[int, Region] = {}  # a piece that two steps share, a tied projection, becomes one module
 
     def region(piece: Piece | None) -> Region | None:
@@ -63,6 +68,7 @@ def rewrite(graph: fx.Graph, root: nn.Module, plan: Plan, report: Report) -> Con
 
 
 _STEM = "reversible_stem"
+_STREAM2 = "stream2"  # the modules of untied shortcuts
 
 
 def _chain(plan: ChainPlan, region: Callable[[Piece | None], Region | None]) -> ReversibleChain:
@@ -78,9 +84,17 @@ def _call_chain(graph: fx.Graph, ops: Operations, plan: ChainPlan, current: dict
     total = plan.chain.total
     entry, *context = (current.get(node, node) for node in (plan.chain.entry, *plan.context))
     with graph.inserting_before(total):
-        state = graph.call_module(plan.name, (entry, entry, *context))
+        if plan.entry is None:
+            x1 = x2 = entry
+        else:
+            wide = graph.call_function(halves, (entry, plan.entry.axis))
+            x1, x2 = (graph.call_function(operator.getitem, (wide, i)) for i in range(2))
+        state = graph.call_module(plan.name, (x1, x2, *context))
         y1, y2 = (graph.call_function(operator.getitem, (state, i)) for i in range(2))
-        merged = graph.call_function(mean, (y1, y2))
+        if plan.exit is None:
+            merged = graph.call_function(mean, (y1, y2))
+        else:
+            merged = graph.call_function(torch.cat, ([y1, y2], plan.exit.axis))
     total.replace_all_uses_with(merged)
     _erase(graph, ops, plan.chain.nodes())
     return merged
@@ -105,6 +119,11 @@ def _erase(graph: fx.Graph, ops: Operations, nodes: Iterable[fx.Node]) -> None:
             graph.erase_node(node)
 
 
+def halves(x: Tensor, axis: int) -> tuple[Tensor, ...]:
+    """The first and the second half of the channels, each in memory of its own."""
+    return tuple(half.clone() for half in x.chunk(2, axis))
+
+
 def mean(y1: Tensor, y2: Tensor) -> Tensor:
     """``(y1 + y2) / 2``."""
     return (y1 + y2) / 2
@@ -119,6 +138,8 @@ def _region(piece: Piece, root: nn.Module, ops: Operations) -> Region:
     copies: dict[fx.Node, fx.Node] = {n: graph.placeholder(n.name) for n in (piece.source, *piece.context)}
 
     def operand(path: str) -> str:
+        if piece.own_copy:
+            path = _copy_for_stream2(root, path)
         flat = path.replace(".", "_")
         while paths.setdefault(flat, path) != path:
             flat += "_"
@@ -143,6 +164,22 @@ def _region(piece: Piece, root: nn.Module, ops: Operations) -> Region:
             copies[node].target = operand(str(node.target))
     graph.output(_sum(graph, [(copied(node), factor) for node, factor in piece.result]))
     return Region(_code(graph), root, paths)
+
+
+def _copy_for_stream2(root: nn.Module, path: str) -> str:
+    """The path of a copy of what is at ``path``, made at the first call."""
+    if not hasattr(root, _STREAM2):
+        root.add_module(_STREAM2, nn.Module())
+    copies = root.get_submodule(_STREAM2)
+    name = path.replace(".", "_")
+    if not hasattr(copies, name):
+        owner, _, attribute = path.rpartition(".")
+        original = getattr(root.get_submodule(owner), attribute)
+        if isinstance(original, Tensor) and not isinstance(original, nn.Parameter):
+            copies.register_buffer(name, original.clone())
+        else:
+            setattr(copies, name, copy.deepcopy(original))
+    return f"{_STREAM2}.{name}"
 
 
 def _sum(graph: fx.Graph, terms: list[tuple[fx.Node, float]]) -> fx.Node:
