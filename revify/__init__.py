@@ -1,5 +1,6 @@
 """Reversible residual networks, as a transform of ordinary ones."""
 
+from revify import models
 from revify._chain import ReversibleChain, store_activations
 from revify._convert import convert, explain, report
 from revify._errors import NotConvertibleError, ReconstructionError, RevifyError
@@ -17,6 +18,7 @@ __all__ = [
     "explain",
     "is_replaying",
     "kept_bytes",
+    "models",
     "peak_bytes",
     "report",
     "store_activations",

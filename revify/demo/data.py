@@ -31,6 +31,10 @@ class Images:
     test_labels: Tensor
     flip: bool
 
+    def to(self, device: torch.device) -> Images:
+        tensors = (self.train_images, self.train_labels, self.test_images, self.test_labels)
+        return Images(self.name, self.classes, *(t.to(device) for t in tensors), flip=self.flip)
+
 
 def digits() -> Images:
     """scikit-learn's 1,797 handwritten digits of 8x8 pixels, scaled to 16x16; every fifth is a test image."""
@@ -63,6 +67,27 @@ def image_folder(path: str | Path, size: int = 32) -> Images:
         raise RevifyError(f"{path}: train and test must have the same classes; only one has {', '.join(differing)}.")
     train, test = (_read(path / part, parts["train"], size) for part in ("train", "test"))
     return Images(path.name, parts["train"], *train, *test, flip=True)
+
+
+def cifar(classes: int, root: str | Path) -> Images:
+    """CIFAR-10 or CIFAR-100 as torchvision reads it from ``root``, downloaded where it is missing.
+
+    Raises:
+        RevifyError: it is neither there nor to be had, or damaged.
+    """
+    from torchvision import datasets
+
+    dataset = {10: datasets.CIFAR10, 100: datasets.CIFAR100}[classes]
+    try:
+        parts = [dataset(str(root), train=train, download=True) for train in (True, False)]
+    except (OSError, RuntimeError) as error:
+        raise RevifyError(
+            f"CIFAR-{classes} is not in {root}, or damaged, and could not be downloaded: {error}"
+        ) from error
+    tensors = [
+        t for part in parts for t in (torch.from_numpy(part.data).permute(0, 3, 1, 2), torch.tensor(part.targets))
+    ]
+    return Images(f"CIFAR-{classes}", tuple(parts[0].classes), *tensors, flip=True)
 
 
 def _read(folder: Path, classes: tuple[str, ...], size: int) -> tuple[Tensor, Tensor]:
