@@ -63,8 +63,8 @@ class ChainPlan:
 
 @dataclass(frozen=True)
 class Plan:
-    """``refusals`` are of chains whose ends cannot be widened. ``stem`` is what lies ahead of the first chain, replayed in the backward pass; None where it is not worth
-    it or not possible."""
+    """``stem`` is what lies ahead of the first chain, replayed in the backward pass; None where it is not worth it
+    or not possible. ``refusals`` are of chains whose ends cannot be widened."""
 
     chains: tuple[ChainPlan, ...]
     stem: Piece | None

@@ -18,22 +18,20 @@ from revify._errors import RevifyError
 
 @dataclass(frozen=True)
 class Images:
-    """Images as uint8 ``(N, 3, H, W)`` and labels as int64 ``(N,)``, for training and for the test.
-
-    ``flip``: whether a mirrored image is of the same class.
-    """
+    """Images as uint8 ``(N, 3, H, W)`` and labels as int64 ``(N,)``, for training and for the test; ``flip`` says
+    whether a mirrored image is of the same class."""
 
     name: str
     classes: tuple[str, ...]
+    flip: bool
     train_images: Tensor
     train_labels: Tensor
     test_images: Tensor
     test_labels: Tensor
-    flip: bool
 
     def to(self, device: torch.device) -> Images:
         tensors = (self.train_images, self.train_labels, self.test_images, self.test_labels)
-        return Images(self.name, self.classes, *(t.to(device) for t in tensors), flip=self.flip)
+        return Images(self.name, self.classes, self.flip, *(t.to(device) for t in tensors))
 
 
 def digits() -> Images:
@@ -45,7 +43,7 @@ def digits() -> Images:
     labels = torch.from_numpy(bunch.target).long()
     test = torch.arange(len(labels)) % 5 == 0
     names = tuple(map(str, range(10)))
-    return Images("digits", names, images[~test], labels[~test], images[test], labels[test], flip=False)
+    return Images("digits", names, False, images[~test], labels[~test], images[test], labels[test])
 
 
 def image_folder(path: str | Path, size: int = 32) -> Images:
@@ -66,7 +64,7 @@ def image_folder(path: str | Path, size: int = 32) -> Images:
         differing = sorted(set(parts["train"]) ^ set(parts["test"]))
         raise RevifyError(f"{path}: train and test must have the same classes; only one has {', '.join(differing)}.")
     train, test = (_read(path / part, parts["train"], size) for part in ("train", "test"))
-    return Images(path.name, parts["train"], *train, *test, flip=True)
+    return Images(path.name, parts["train"], True, *train, *test)
 
 
 def cifar(classes: int, root: str | Path) -> Images:
@@ -81,13 +79,9 @@ def cifar(classes: int, root: str | Path) -> Images:
     try:
         parts = [dataset(str(root), train=train, download=True) for train in (True, False)]
     except (OSError, RuntimeError) as error:
-        raise RevifyError(
-            f"CIFAR-{classes} is not in {root}, or damaged, and could not be downloaded: {error}"
-        ) from error
-    tensors = [
-        t for part in parts for t in (torch.from_numpy(part.data).permute(0, 3, 1, 2), torch.tensor(part.targets))
-    ]
-    return Images(f"CIFAR-{classes}", tuple(parts[0].classes), *tensors, flip=True)
+        raise RevifyError(f"CIFAR-{classes} is not in {root} and cannot be had, or damaged: {error}") from error
+    train, test = ((torch.from_numpy(p.data).permute(0, 3, 1, 2), torch.tensor(p.targets)) for p in parts)
+    return Images(f"CIFAR-{classes}", tuple(parts[0].classes), True, *train, *test)
 
 
 def _read(folder: Path, classes: tuple[str, ...], size: int) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,114 @@
+"""The training example, run as its users run it."""
+
+from __future__ import annotations
+
+import csv
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parent.parent
+STEPS = 20
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two classes of noise, 500 images of 8x8 pixels to train on: five steps an epoch."""
+    folder = tmp_path_factory.mktemp("images")
+    generator = torch.Generator().manual_seed(0)
+    for part, count in (("train", 250), ("test", 10)):
+        for name, low in (("dark", 0), ("light", 100)):
+            (folder / part / name).mkdir(parents=True)
+            pixels = torch.randint(low, low + 150, (count, 8, 8, 3), generator=generator, dtype=torch.uint8).numpy()
+            for i, image in enumerate(pixels):
+                Image.fromarray(image).save(folder / part / name / f"{i:03}.png")
+    return folder
+
+
+def command(images: Path, output: Path, *more: str) -> list[str]:
+    script = [sys.executable, str(ROOT / "examples" / "train_cifar.py"), "--model", "resnet32", "--convert"]
+    return [
+        *script,
+        *("--data", str(images), "--image-size", "8", "--scale", str(STEPS / 80_000), "--threads", "1"),
+        *("--device", "cpu", "--checkpoint-every", "3", "--output", str(output), *more),
+    ]
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(arguments, capture_output=True, text=True, timeout=300)
+
+
+def weights(output: Path) -> dict[str, torch.Tensor]:
+    state = torch.load(output / "checkpoint.pt", weights_only=True)
+    assert state["step"] == STEPS
+    model: dict[str, torch.Tensor] = state["model"]
+    return model
+
+
+def test_a_killed_run_ends_with_the_same_weights(images: Path, tmp_path: Path) -> None:
+    whole = run(*command(images, tmp_path / "whole"))
+    assert whole.returncode == 0, whole.stderr
+    assert "test accuracy" in whole.stdout
+    process = subprocess.Popen(
+        command(images, tmp_path / "killed"), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    checkpoint = tmp_path / "killed" / "checkpoint.pt"
+    for _ in range(3000):
+        if checkpoint.exists():
+            break
+        time.sleep(0.01)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    interrupted = torch.load(checkpoint, weights_only=True)["step"]
+    assert 0 < interrupted < STEPS
+    again = run(*command(images, tmp_path / "killed"))
+    assert again.returncode == 0, again.stderr
+    first, second = weights(tmp_path / "whole"), weights(tmp_path / "killed")
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    with (tmp_path / "whole" / "log.csv").open() as a, (tmp_path / "killed" / "log.csv").open() as b:
+        for row, other in zip(csv.DictReader(a), csv.DictReader(b), strict=True):
+            for column in ("step", "loss" if int(row["step"]) > interrupted + 5 else "step", "test_accuracy"):
+                assert row[column] == other[column]
+    with Image.open(tmp_path / "whole" / "curves.png") as picture:
+        assert picture.size[0] > 500
+
+
+def test_a_checkpoint_of_another_run_is_left_alone(images: Path, tmp_path: Path) -> None:
+    assert run(*command(images, tmp_path)).returncode == 0
+    before = (tmp_path / "checkpoint.pt").read_bytes()
+    other = run(*command(images, tmp_path, "--seed", "1"))
+    assert other.returncode == 1
+    assert "is of another run (seed: 0 there, 1 here)" in other.stderr
+    assert "Traceback" not in other.stderr
+    assert (tmp_path / "checkpoint.pt").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--model", "resnet33"], "--model 'resnet33' is neither in revify.models nor in torchvision.models"),
+        (["--data", "nowhere"], "nowhere/train holds no folder of images"),
+        (["--data", "cifar10", "--root", "/proc/none"], "CIFAR-10 is not in /proc/none"),
+    ],
+)
+def test_errors_are_one_line(images: Path, tmp_path: Path, more: list[str], message: str) -> None:
+    result = run(*command(images, tmp_path / "new", *more))
+    assert result.returncode == 1
+    assert message in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_a_damaged_checkpoint_is_named(images: Path, tmp_path: Path) -> None:
+    (tmp_path / "checkpoint.pt").write_bytes(b"damaged")
+    result = run(*command(images, tmp_path))
+    assert result.returncode == 1
+    assert "checkpoint.pt cannot be read" in result.stderr
+    assert (tmp_path / "checkpoint.pt").read_bytes() == b"damaged"
