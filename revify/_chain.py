@@ -9,8 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from revify._coupling import Coupling
 from revify._errors import RevifyError
 from revify._function import Enter, Leave, Recompute, Update, check_branch
+from revify._guard import Guard
 from revify._replay import Evaluation
 
 
@@ -33,39 +35,45 @@ class Step(nn.Module):
         self.name, self.writes = name, writes
         self.branch, self.skip = branch, skip
         self.context = None if context is None else tuple(context)
+        self.ends_transition = skip is not None and writes == 2
 
-    def forward(self, p: Tensor, q: Tensor, context: Sequence[Any], shadows: Sequence[Tensor] | None = None) -> Any:
+    def forward(
+        self,
+        coupling: Coupling,
+        p: Tensor,
+        q: Tensor,
+        context: Sequence[Any],
+        shadows: Sequence[Tensor] | None = None,
+    ) -> Any:
         """The new value of the stream, and, given the shadows of p and q, those of the other stream and of it."""
-        context = context if self.context is None else [context[i] for i in self.context]
-        if shadows is None:
-            s = p if self.skip is None else self.skip(p)
-            if self.branch is None:
-                return s
-            a = self.branch(q, *context)
-            check_branch(self.name, s, a)
-            return s + a
-        skip, f = self.evaluations()
-        tensors = [*(x for x in context if isinstance(x, Tensor)), *_tensors(skip), *_tensors(f)]
-        return Update.apply(self.name, skip, f, context, p, q, *shadows, *tensors)
-
-    def evaluations(self) -> tuple[Evaluation | None, Evaluation | None]:
-        return _evaluation(self.skip), _evaluation(self.branch)
+        context = self._of_branch(context)
+        if shadows is not None:
+            skip, f = _evaluation(self.skip), _evaluation(self.branch)
+            tensors = [*(x for x in context if isinstance(x, Tensor)), *_tensors(skip), *_tensors(f)]
+            return Update.apply(self.name, coupling, skip, f, context, p, q, *shadows, *tensors)
+        r = p if self.skip is None else coupling.enter(self.skip(_head(coupling.read(p))))
+        if self.branch is None:
+            return r
+        a = self.branch(_head(coupling.read(q)), *context)
+        check_branch(self.name, r, a)
+        return coupling.couple(r, a)
 
     def anchor(self) -> Tensor | None:
         """A parameter of the step that requires grad, if any does."""
         parameters = (w for module in (self.skip, self.branch) if module is not None for w in module.parameters())
         return next((w for w in parameters if w.requires_grad), None)
 
-    def invert(self, r: Tensor, q: Tensor, context: Sequence[Any]) -> Tensor:
+    def _of_branch(self, context: Sequence[Any]) -> Sequence[Any]:
+        return context if self.context is None else [context[i] for i in self.context]
+
+    def invert(self, coupling: Coupling, r: Tensor, q: Tensor, context: Sequence[Any]) -> Tensor:
         """The value before the update, from the value after it; changes no buffer."""
         if self.skip is not None or self.branch is None:
             raise RevifyError(f"{self.name} is a transition, which has no inverse; invert the runs between them.")
-        context = context if self.context is None else [context[i] for i in self.context]
         f = Evaluation(self.branch)
-        a = f.again(f.tensors, q, *context)
+        a = f.again(f.tensors, coupling.read(q), *self._of_branch(context))
         check_branch(self.name, r, a)
-        p: Tensor = r - a
-        return p
+        return coupling.uncouple(r, a)
 
     def extra_repr(self) -> str:
         return f"{self.name}, writes x{self.writes}"
@@ -83,16 +91,22 @@ class ReversibleChain(nn.Module):
         branches: the residual branches f_1, f_2, ... as modules; each maps a tensor to one of the same shape.
             They are registered, not copied. Any number is fine, odd ones too.
         coupling: the recurrence; ``"revnet"`` is the one there is.
+        exact: whether training runs on a grid of 2^-13 (in double precision 2^-43), to which the chain's inputs and
+            what each branch returns are rounded. The reconstruction is then exact, bit for bit, as long as the state
+            is less than 2,048 (1,024) in magnitude, and a checksum watches over it. Otherwise it is exact but for
+            rounding errors; samples of the state are compared, and a warning says where they are large.
 
     Raises:
         RevifyError: no branches, or one that is not a module; at run time, a branch that changes the shape.
+        ReconstructionError: in an exact chain's backward pass, where the reconstructed state is not what it was.
 
     Source: Gomez et al. 2017, equations 6 and 7.
     """
 
-    def __init__(self, branches: Iterable[nn.Module], *, coupling: str = "revnet") -> None:
+    def __init__(self, branches: Iterable[nn.Module], *, coupling: str = "revnet", exact: bool = False) -> None:
         super().__init__()
         check_coupling(coupling)
+        check_exact(exact)
         branches = list(branches)
         if not branches:
             raise RevifyError("branches is empty: a reversible chain needs at least one branch.")
@@ -100,47 +114,62 @@ class ReversibleChain(nn.Module):
             if not isinstance(branch, nn.Module):
                 raise RevifyError(f"branches[{i}] must be a torch.nn.Module, got {type(branch).__name__}.")
         steps = [Step(f"branch {i}", 1 + i % 2, branch) for i, branch in enumerate(branches)]
-        self.steps: Sequence[Step] = nn.ModuleList(steps)  # type: ignore[assignment]
-        self.stores_activations = False
+        self._set("reversible chain", steps, exact)
 
     @classmethod
-    def from_steps(cls, steps: Iterable[Step]) -> ReversibleChain:
+    def from_steps(cls, name: str, steps: Iterable[Step], exact: bool) -> ReversibleChain:
         """A chain of given steps, transitions among them."""
         chain = cls.__new__(cls)
         nn.Module.__init__(chain)
-        chain.steps = nn.ModuleList(steps)  # type: ignore[assignment]
-        chain.stores_activations = False
+        chain._set(name, steps, exact)
         return chain
+
+    def _set(self, name: str, steps: Iterable[Step], exact: bool) -> None:
+        self.name, self.exact = name, exact
+        self.steps: Sequence[Step] = nn.ModuleList(steps)  # type: ignore[assignment]
+        self.stores_activations = False
 
     def forward(self, x1: Tensor, x2: Tensor, *context: Any) -> tuple[Tensor, Tensor]:
         """Maps the state (x1, x2) to (y1, y2). ``context`` is handed to every branch after its stream, and gets
         its gradients."""
-        x = {1: x1, 2: x2}
-        reversible = self.training and torch.is_grad_enabled() and not self.stores_activations
+        coupling = Coupling(torch.promote_types(x1.dtype, x2.dtype), self.exact and self.training)
+        recorded = self.training and torch.is_grad_enabled()
         anchor = next((v for v in (x1, x2, *context) if isinstance(v, Tensor) and v.requires_grad), None)
+        if recorded and x1 is x2:
+            x2 = x1.view_as(x1)  # a compiled autograd function takes no tensor twice
+        x = {1: coupling.enter(x1), 2: coupling.enter(x2)}
         shadow: dict[int, Tensor] = {}
         for step in self.steps:
             p, q = step.writes, 3 - step.writes
-            if reversible and not shadow:
+            if recorded and not self.stores_activations and not shadow:
                 # What lies ahead of the first step that needs a gradient need not be reconstructed.
                 anchor = step.anchor() if anchor is None else anchor
                 if anchor is not None:
-                    shadow = _enter(x, anchor)
+                    shadow[1], shadow[2] = self._guarded(step, x, Enter.apply(anchor, x[1], x[2]))
             if shadow:
-                x[p], shadow[q], shadow[p] = step(x[p], x[q], context, (shadow[p], shadow[q]))
+                x[p], shadow[q], shadow[p] = step(coupling, x[p], x[q], context, (shadow[p], shadow[q]))
+                if step.ends_transition:
+                    shadow[1], shadow[2] = self._guarded(step, x, (shadow[1], shadow[2]))
             else:
-                x[p] = step(x[p], x[q], context)
+                x[p] = step(coupling, x[p], x[q], context)
         if shadow:
             x[1], x[2] = Leave.apply(x[1], x[2], shadow[1], shadow[2])
-        return x[1], x[2]
+        return coupling.read(x[1]), coupling.read(x[2])
+
+    def _guarded(self, step: Step, x: dict[int, Tensor], shadows: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """The shadows of the state x, watched over."""
+        name = f"{self.name}, at {step.name}"
+        guarded: tuple[Tensor, Tensor] = Guard.apply(name, self.exact, x[1], x[2], *shadows)
+        return guarded
 
     def inverse(self, y1: Tensor, y2: Tensor, *context: Any) -> tuple[Tensor, Tensor]:
         """Maps (y1, y2) back to the (x1, x2) that `forward` made it from, up to rounding. Changes no buffer.
         Branches that draw random numbers (dropout in training) have no inverse outside of the backward pass."""
-        y = {1: y1, 2: y2}
+        coupling = Coupling(torch.promote_types(y1.dtype, y2.dtype), self.exact and self.training)
+        y = {1: coupling.enter(y1), 2: coupling.enter(y2)}
         for step in reversed(list(self.steps)):
-            y[step.writes] = step.invert(y[step.writes], y[3 - step.writes], context)
-        return y[1], y[2]
+            y[step.writes] = step.invert(coupling, y[step.writes], y[3 - step.writes], context)
+        return coupling.read(y[1]), coupling.read(y[2])
 
 
 class Recomputed(nn.Module):
@@ -177,17 +206,20 @@ def store_activations(model: nn.Module) -> Iterator[None]:
             part.stores_activations = value
 
 
+def check_exact(exact: bool) -> None:
+    if not isinstance(exact, bool):
+        raise RevifyError(f"exact must be True or False, got {exact!r}.")
+
+
 def check_coupling(coupling: str) -> None:
     if coupling != "revnet":
         raise RevifyError(f"coupling must be 'revnet', got {coupling!r}.")
 
 
-def _enter(x: dict[int, Tensor], anchor: Tensor) -> dict[int, Tensor]:
-    """The shadows of the state x."""
-    if x[1] is x[2]:
-        x[2] = x[1].view_as(x[1])  # a compiled autograd function takes no tensor twice
-    shadow1, shadow2 = Enter.apply(anchor, x[1], x[2])
-    return {1: shadow1, 2: shadow2}
+def _head(x: Tensor) -> Tensor:
+    """The start of a branch in a recorded graph: the gradients of the branch's reads of x add up here first, as they
+    do where the branch is evaluated again on its own."""
+    return x.view_as(x) if x.requires_grad and torch.is_grad_enabled() else x
 
 
 def _evaluation(module: nn.Module | None) -> Evaluation | None:

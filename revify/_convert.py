@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import fx, nn
 
-from revify._chain import ReversibleChain, check_coupling
+from revify._chain import ReversibleChain, check_coupling, check_exact
 from revify._chains import find_chains
 from revify._errors import NotConvertibleError, RevifyError
 from revify._operations import Operations
@@ -26,6 +26,7 @@ def convert(
     entry: str = "duplicate",
     exit: str = "mean",
     tie_shortcuts: bool = True,
+    exact: bool = False,
     strict: bool = False,
 ) -> nn.Module:
     """Returns the reversible form of a residual network; ``model`` is left as it was.
@@ -45,20 +46,22 @@ def convert(
             are widened). New weights are drawn from the global random generator.
         tie_shortcuts: whether both streams share the projections of a transition; otherwise the second stream has
             a copy of its own, under ``stream2``.
+        exact: whether the state runs on a grid, so that the backward pass reconstructs it bit for bit and checks
+            that it did; see `ReversibleChain`.
         strict: refuse the whole model where any unit is refused.
 
     Raises:
         NotConvertibleError: no unit can be converted, or, with ``strict``, not every one; lists each reason.
         RevifyError: an argument is not as it must be.
     """
-    _check_options(coupling, entry, exit, tie_shortcuts, strict)
+    _check_options(coupling, entry, exit, tie_shortcuts, exact, strict)
     analysis = _analyse(model, example_inputs, entry=entry, exit=exit, tie_shortcuts=tie_shortcuts)
     report = analysis.report
     if not report.chains:
         raise NotConvertibleError(_listing(f"{report.model} has nothing that can be converted", report.refusals))
     if strict and report.refusals:
         raise NotConvertibleError(_listing(f"{report.model} cannot be converted completely", report.refusals))
-    return rewrite(analysis.graph, analysis.root, analysis.plan, report)
+    return rewrite(analysis.graph, analysis.root, analysis.plan, report, exact)
 
 
 def explain(
@@ -69,6 +72,7 @@ def explain(
     entry: str = "duplicate",
     exit: str = "mean",
     tie_shortcuts: bool = True,
+    exact: bool = False,
     strict: bool = False,
 ) -> Report:
     """What `convert` with the same arguments would do, as a `Report`; converts nothing. A model that cannot be
@@ -77,7 +81,7 @@ def explain(
     Raises:
         RevifyError: an argument is not as it must be.
     """
-    _check_options(coupling, entry, exit, tie_shortcuts, strict)
+    _check_options(coupling, entry, exit, tie_shortcuts, exact, strict)
     try:
         return _analyse(model, example_inputs, entry=entry, exit=exit, tie_shortcuts=tie_shortcuts).report
     except NotConvertibleError as error:
@@ -174,8 +178,9 @@ def _listing(head: str, refusals: tuple[Refusal, ...]) -> str:
     return "\n".join([head + ":", *(f"  - {refusal}" for refusal in refusals)])
 
 
-def _check_options(coupling: str, entry: str, exit: str, tie_shortcuts: bool, strict: bool) -> None:
+def _check_options(coupling: str, entry: str, exit: str, tie_shortcuts: bool, exact: bool, strict: bool) -> None:
     check_coupling(coupling)
+    check_exact(exact)
     if entry not in ("duplicate", "widen"):
         raise RevifyError(f"entry must be 'duplicate' or 'widen', got {entry!r}.")
     if exit not in ("mean", "concat"):

@@ -1,4 +1,4 @@
-"""The recurrence of a reversible residual network, and its inverse.
+"""The recurrence of a reversible residual network, its inverse, and the arithmetic that makes the inverse exact.
 
 A chain of residual branches ``f_1, f_2, ...`` acts on a state of two streams. Written as a sequence
 ``x[0], x[1], x[2], ...`` in which every update makes one new value from the two before it,
@@ -9,38 +9,108 @@ A chain of residual branches ``f_1, f_2, ...`` acts on a state of two streams. W
 Gomez, Ren, Urtasun, Grosse, "The Reversible Residual Network", 2017 (arXiv:1707.04585), equations 6 and 7,
 with F and G as the branches of odd and even n. In the code of one update, ``p = x[n-1]`` is the stream that
 is replaced, ``q = x[n]`` the stream that is read, ``a = f_n(q)`` and ``r = x[n+1]``.
+
+In floating point ``(p + a) - a`` is not p. On a grid it is: let p be a multiple of g = 2^-k, and round a to one. Then
+``p + a`` is a multiple of g too, and has no rounding error as long as it is less than 2^24 g in magnitude (2^53 g in
+double precision); so the subtraction gives p back, bit for bit. What is computed is ``x[n-1] + [f_n(x[n])]``, where
+[ ] rounds to the nearest multiple of g, and has the derivative 1.
+
+The state is in float32, or float64, also where the branches compute in less.
 """
 
 from __future__ import annotations
 
 import sys
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-
-def couple(p: Tensor, a: Tensor) -> Tensor:
-    """``r = p + a``."""
-    return p + a
-
-
-def uncouple(r: Tensor, a: Tensor, dtype: torch.dtype) -> Tensor:
-    """``p = r - a``, in the dtype that ``p`` had (an update may have promoted it)."""
-    return (r - a).to(dtype)
+# g = 2^-k. The largest magnitude of a state is 2^(24 - k) = 2048, and 2^(53 - k) = 1024.
+GRID_BITS = {torch.float32: 13, torch.float64: 43}
+_MANTISSA_BITS = {torch.float32: 24, torch.float64: 53}
 
 
-def couple_into(p: Tensor, a: Tensor) -> Tensor:
-    """As `couple`, written into the memory of ``a`` where the caller is its sole owner."""
-    if _is_free(a, p):
-        return a.add_(p)
-    return couple(p, a)
+def largest(dtype: torch.dtype) -> float:
+    """The magnitude below which sums on the grid are exact."""
+    return float(2.0 ** (_MANTISSA_BITS[dtype] - GRID_BITS[dtype]))
 
 
-def uncouple_into(r: Tensor, a: Tensor, dtype: torch.dtype) -> Tensor:
-    """As `uncouple`, written into the memory of ``a`` where the caller is its sole owner."""
-    if a.dtype == dtype and _is_free(a, r):
-        return torch.sub(r, a, out=a)
-    return uncouple(r, a, dtype)
+def grid_(a: Tensor) -> Tensor:
+    """Rounds ``a``, in place, to the nearest multiple of g: where 1.5 * 2^(23 - k) is added, the last bit of a
+    float32 is worth g."""
+    shift = 0.75 * largest(a.dtype)
+    return a.add_(shift).sub_(shift)
+
+
+class _Grid(torch.autograd.Function):
+    """The nearest multiple of g, with derivative 1."""
+
+    @staticmethod
+    def forward(ctx: Any, a: Tensor) -> Tensor:
+        return grid_(a.clone())
+
+    @staticmethod
+    def backward(ctx: Any, da: Tensor) -> Tensor:
+        return da
+
+
+@dataclass(frozen=True)
+class Coupling:
+    """The arithmetic of one chain's updates.
+
+    Attributes:
+        inside: the dtype of the chain's ends and of what its branches read.
+        exact: whether the state lies on the grid.
+    """
+
+    inside: torch.dtype
+    exact: bool
+
+    @property
+    def state(self) -> torch.dtype:
+        """The dtype of the streams."""
+        return torch.promote_types(self.inside, torch.float32)
+
+    def enter(self, x: Tensor) -> Tensor:
+        """``x`` as a value of a stream: a new tensor where it is not one already."""
+        x = x.to(self.state)
+        if not self.exact:
+            return x
+        return _Grid.apply(x) if x.requires_grad and torch.is_grad_enabled() else grid_(x.clone())
+
+    def read(self, x: Tensor) -> Tensor:
+        """A stream's value as branches and the chain's readers take it."""
+        return x.to(self.inside)
+
+    def couple(self, p: Tensor, a: Tensor) -> Tensor:
+        """``r = p + a``."""
+        return p + self.enter(a)
+
+    def uncouple(self, r: Tensor, a: Tensor) -> Tensor:
+        """``p = r - a``."""
+        return r - self.enter(a)
+
+    def couple_into(self, p: Tensor, a: Tensor) -> Tensor:
+        """As `couple`, without a graph, and in the memory of ``a`` where the caller is its sole owner."""
+        if _is_free(a, p):
+            return (grid_(a) if self.exact else a).add_(p)
+        a = self._converted(a)
+        return p + a
+
+    def uncouple_into(self, r: Tensor, a: Tensor) -> Tensor:
+        """As `uncouple`, without a graph, and in the memory of ``a`` where the caller is its sole owner."""
+        if _is_free(a, r):
+            return torch.sub(r, grid_(a) if self.exact else a, out=a)
+        a = self._converted(a)
+        return r - a
+
+    def _converted(self, a: Tensor) -> Tensor:
+        converted = a.to(self.state)
+        if not self.exact:
+            return converted
+        return grid_(converted.clone() if converted is a else converted)
 
 
 def _is_free(a: Tensor, like: Tensor) -> bool:

@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from revify._coupling import couple_into, uncouple_into
+from revify._coupling import Coupling
 from revify._errors import RevifyError
 from revify._replay import Evaluation
 
@@ -61,7 +61,7 @@ class Leave(torch.autograd.Function):
 
 
 class Update(torch.autograd.Function):
-    """``Update.apply(name, skip, f, p, q, p_shadow, q_shadow, context, *tensors) -> r, q_shadow, r_shadow``.
+    """``Update.apply(name, coupling, skip, f, context, p, q, p_shadow, q_shadow, *tensors) -> r, q_shadow, r_shadow``.
 
     ``skip`` and ``f`` are the evaluations to make (None: the identity, nothing); ``tensors`` are the context
     inputs of ``f`` that are tensors, then the tensors of ``skip``, then those of ``f``.
@@ -71,6 +71,7 @@ class Update(torch.autograd.Function):
     def forward(
         ctx: Any,
         name: str,
+        coupling: Coupling,
         skip: Evaluation | None,
         f: Evaluation | None,
         context: Sequence[Any],
@@ -81,22 +82,21 @@ class Update(torch.autograd.Function):
         *tensors: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:
         ctx.set_materialize_grads(False)
-        ctx.skip, ctx.f, ctx.context, ctx.dtype = skip, f, _without_tensors(context), p.dtype
+        ctx.coupling, ctx.skip, ctx.f, ctx.context = coupling, skip, f, _without_tensors(context)
         ctx.save_for_backward(p if skip else None, *tensors)
-        s = skip.first(p) if skip else p
-        if f is None:
-            r = s
-        else:
-            a = f.first(q, *context)
-            check_branch(name, s, a)
-            r = couple_into(s, a)
+        r = coupling.enter(skip.first(coupling.read(p))) if skip else p
+        if f is not None:
+            a = f.first(coupling.read(q), *context)
+            check_branch(name, r, a)
+            r = coupling.couple_into(r, a)
         return r, q_shadow.view_as(q_shadow), _shadow(r)
 
     @staticmethod
     def backward(ctx: Any, dr: Tensor | None, q: Tensor, r: Tensor) -> tuple[Any, ...]:
         kept_p, *tensors = ctx.saved_tensors
-        skip, f = ctx.skip, ctx.f
-        needs = ctx.needs_input_grad[8:]
+        coupling, skip, f = ctx.coupling, ctx.skip, ctx.f
+        needs_p, needs_q = ctx.needs_input_grad[5:7]
+        needs = ctx.needs_input_grad[9:]
         n_context = sum(x is None for x in ctx.context)
         n_skip = len(skip.tensors) if skip else 0
         of_context, of_skip, of_f = _split(tensors, n_context, n_skip)
@@ -107,13 +107,13 @@ class Update(torch.autograd.Function):
         d_skip: Sequence[Tensor | None] = [None] * n_skip
         d_f: Sequence[Tensor | None] = [None] * len(of_f)
         if f is not None:
-            take_part = [q, *of_context], [ctx.needs_input_grad[5], *need_context], of_f, need_f
+            take_part = [coupling.read(q), *of_context], [needs_q, *need_context], of_f, need_f
             a, (dq, *d_context), d_f = _replay(f, dr, *take_part, context=ctx.context)
             if skip is None:
-                p = r - a if torch.is_grad_enabled() else uncouple_into(r, a, ctx.dtype)
+                p = coupling.uncouple(r, a) if torch.is_grad_enabled() else coupling.uncouple_into(r, a)
         if skip is not None:
-            _, (dp,), d_skip = _replay(skip, dr, [kept_p], [ctx.needs_input_grad[4]], of_skip, need_skip)
-        return (None, None, None, None, dp, dq, p, q, *d_context, *d_skip, *d_f)
+            _, (dp,), d_skip = _replay(skip, dr, [coupling.read(kept_p)], [needs_p], of_skip, need_skip)
+        return (None, None, None, None, None, dp, dq, p, q, *d_context, *d_skip, *d_f)
 
 
 class Recompute(torch.autograd.Function):
@@ -154,7 +154,7 @@ def _replay(
     wanted = [x for x, need in zip([*inputs, *tensors], all_needs, strict=True) if need]
     found: Sequence[Tensor | None] = [None] * len(wanted)
     if dy is not None and y.requires_grad and wanted:
-        found = torch.autograd.grad(y, wanted, dy, allow_unused=True, create_graph=create_graph)
+        found = torch.autograd.grad(y, wanted, dy.to(y.dtype), allow_unused=True, create_graph=create_graph)
     given = iter(found)
     gradients = [next(given) if need else None for need in all_needs]
     y = y if create_graph else y.detach()

@@ -38,7 +38,7 @@ class Converted(nn.Module):
         return f"{self.revify_report.model}, {units} reversible units"
 
 
-def rewrite(graph: fx.Graph, root: nn.Module, plan: Plan, report: Report) -> Converted:
+def rewrite(graph: fx.Graph, root: nn.Module, plan: Plan, report: Report, exact: bool) -> Converted:
     """Consumes ``graph`` and ``root``."""
     model = Converted.__new__(Converted)
     model.__dict__ = root.__dict__
@@ -52,7 +52,7 @@ def rewrite(graph: fx.Graph, root: nn.Module, plan: Plan, report: Report) -> Con
             made[id(piece)] = _region(piece, model, ops)
         return made[id(piece)] if piece is not None else None
 
-    chains = [_chain(chain, region) for chain in plan.chains]
+    chains = [_chain(chain, region, exact) for chain in plan.chains]
     stem = region(plan.stem)  # every piece is copied before the graph changes
     current: dict[fx.Node, fx.Node] = {}  # an addition that ended a chain, and what stands in its place
     for chain, module in zip(plan.chains, chains, strict=True):
@@ -71,12 +71,12 @@ _STEM = "reversible_stem"
 _STREAM2 = "stream2"  # the modules of untied shortcuts
 
 
-def _chain(plan: ChainPlan, region: Callable[[Piece | None], Region | None]) -> ReversibleChain:
+def _chain(plan: ChainPlan, region: Callable[[Piece | None], Region | None], exact: bool) -> ReversibleChain:
     steps = []
     for step in plan.steps:
         context = [plan.context.index(n) for n in step.branch.context] if step.branch else []
         steps.append(Step(step.name, step.writes, region(step.branch), region(step.skip), context))
-    return ReversibleChain.from_steps(steps)
+    return ReversibleChain.from_steps(plan.name, steps, exact)
 
 
 def _call_chain(graph: fx.Graph, ops: Operations, plan: ChainPlan, current: dict[fx.Node, fx.Node]) -> fx.Node:
