@@ -7,6 +7,7 @@ from revify._errors import NotConvertibleError, ReconstructionError, RevifyError
 from revify._memory import kept_bytes, peak_bytes
 from revify._replay import is_replaying
 from revify._report import Report
+from revify._verify import Verification, verify
 
 __all__ = [
     "NotConvertibleError",
@@ -14,6 +15,7 @@ __all__ = [
     "Report",
     "ReversibleChain",
     "RevifyError",
+    "Verification",
     "convert",
     "explain",
     "is_replaying",
@@ -22,4 +24,5 @@ __all__ = [
     "peak_bytes",
     "report",
     "store_activations",
+    "verify",
 ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -103,6 +103,8 @@ class ReversibleChain(nn.Module):
     Source: Gomez et al. 2017, equations 6 and 7.
     """
 
+    guard: Callable[..., Any] = staticmethod(Guard.apply)
+
     def __init__(self, branches: Iterable[nn.Module], *, coupling: str = "revnet", exact: bool = False) -> None:
         super().__init__()
         check_coupling(coupling)
@@ -159,7 +161,7 @@ class ReversibleChain(nn.Module):
     def _guarded(self, step: Step, x: dict[int, Tensor], shadows: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         """The shadows of the state x, watched over."""
         name = f"{self.name}, at {step.name}"
-        guarded: tuple[Tensor, Tensor] = Guard.apply(name, self.exact, x[1], x[2], *shadows)
+        guarded: tuple[Tensor, Tensor] = self.guard(name, self.exact, x[1], x[2], *shadows)
         return guarded
 
     def inverse(self, y1: Tensor, y2: Tensor, *context: Any) -> tuple[Tensor, Tensor]:

@@ -9,10 +9,12 @@ import sys
 from collections.abc import Sequence
 from importlib.metadata import version
 
+import torch
 from torch import nn
 
-from revify._convert import explain
+from revify._convert import convert, explain
 from revify._errors import RevifyError
+from revify._verify import verify
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -68,6 +70,13 @@ def _explain(options: argparse.Namespace) -> int:
     return 0 if report.convertible else 1
 
 
+def _verify(options: argparse.Namespace) -> int:
+    converted = convert(load_model(options.name), exact=options.exact)
+    result = verify(converted, torch.randn(options.shape))
+    print(result)
+    return 0 if result.ok else 1
+
+
 def _demo(options: argparse.Namespace) -> None:
     try:
         from revify import demo
@@ -92,6 +101,12 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("name", metavar="NAME", help="a torchvision or timm model, or package.module:function")
     command.set_defaults(command=_explain)
 
+    command = commands.add_parser("verify", help="convert, run a step both ways on random input, and compare")
+    command.add_argument("name", metavar="NAME", help="a torchvision or timm model, or package.module:function")
+    command.add_argument("--shape", type=_shape, default=(2, 3, 224, 224), help="of the input (2x3x224x224)")
+    command.add_argument("--exact", action="store_true", help="in the exact mode")
+    command.set_defaults(command=_verify)
+
     command = commands.add_parser("demo", help="train a ResNet and its conversion side by side")
     command.add_argument("--data", metavar="PATH", help="folder with train/CLASS/*.png, test/CLASS/*.png (digits)")
     command.add_argument("--output", metavar="PATH", default="demo-output", help="folder to write to (%(default)s)")
@@ -101,6 +116,10 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--seed", type=int, default=0, help="of weights and batches (%(default)s)")
     command.set_defaults(command=_demo)
     return parser
+
+
+def _shape(text: str) -> tuple[int, ...]:
+    return tuple(map(_positive, text.split("x")))
 
 
 def _positive(text: str) -> int:
