@@ -122,6 +122,7 @@ def _is_free(a: Tensor, like: Tensor) -> bool:
     return (
         a.dtype == like.dtype
         and a.shape == like.shape
+        and a.stride() == like.stride()
         and type(a) is Tensor
         and a.is_leaf
         and sys.getrefcount(a) <= _REFERENCES

@@ -51,8 +51,9 @@ class Leave(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, p: Tensor, q: Tensor, p_shadow: Tensor, q_shadow: Tensor) -> tuple[Tensor, Tensor]:
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(p, q)
-        return p.view_as(p), q.view_as(q)
+        outputs = p.view_as(p), q.view_as(q)
+        ctx.save_for_backward(*outputs)  # outputs, so that a second derivative by the state comes through here too
+        return outputs
 
     @staticmethod
     def backward(ctx: Any, dp: Tensor | None, dq: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -83,6 +84,7 @@ class Update(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor]:
         ctx.set_materialize_grads(False)
         ctx.coupling, ctx.skip, ctx.f, ctx.context = coupling, skip, f, _without_tensors(context)
+        ctx.strides = p.stride()
         ctx.save_for_backward(p if skip else None, *tensors)
         r = coupling.enter(skip.first(coupling.read(p))) if skip else p
         if f is not None:
@@ -111,6 +113,7 @@ class Update(torch.autograd.Function):
             a, (dq, *d_context), d_f = _replay(f, dr, *take_part, context=ctx.context)
             if skip is None:
                 p = coupling.uncouple(r, a) if torch.is_grad_enabled() else coupling.uncouple_into(r, a)
+                p = _with_strides(p, ctx.strides)
         if skip is not None:
             _, (dp,), d_skip = _replay(skip, dr, [coupling.read(kept_p)], [needs_p], of_skip, need_skip)
         return (None, None, None, None, None, dp, dq, p, q, *d_context, *d_skip, *d_f)
@@ -145,7 +148,9 @@ def _replay(
 ) -> tuple[Tensor, list[Tensor | None], list[Tensor | None]]:
     """``y = f(*inputs)`` evaluated again, detached, with the gradients of inputs and tensors."""
     create_graph = torch.is_grad_enabled()
-    if not create_graph:
+    if create_graph:  # aliases, so that the derivatives are those of f alone, and not of what its input came from
+        inputs, tensors = ([x.view_as(x) for x in given] for given in (inputs, tensors))
+    else:
         inputs = [x.detach().requires_grad_(need) for x, need in zip(inputs, need_inputs, strict=True)]
         tensors = [_leaf(w, need) for w, need in zip(tensors, need_tensors, strict=True)]
     with torch.enable_grad():
@@ -167,6 +172,14 @@ def _leaf(w: Tensor, need: bool) -> Tensor:
     if w.is_leaf and not w._backward_hooks:
         return w
     return w.detach().requires_grad_(need)
+
+
+def _with_strides(x: Tensor, strides: tuple[int, ...]) -> Tensor:
+    """``x`` laid out in memory as the forward pass had it: kernels go by strides, also those of dimensions of size 1,
+    and the last bits of their results with them."""
+    if x.stride() == strides or 0 in strides:
+        return x
+    return torch.empty_strided(x.shape, strides, dtype=x.dtype, device=x.device).copy_(x)
 
 
 def _shadow(x: Tensor) -> Tensor:
