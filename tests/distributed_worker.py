@@ -1,0 +1,101 @@
+"""One of two processes that train a converted network together; run by test_distributed.py.
+
+    python tests/distributed_worker.py CASE RANK FILE
+
+compares the gradients of the two processes, each with half of a batch, with those of one process and the whole batch.
+Norms are over single images here, so that halves and whole are the same function.
+"""
+
+from __future__ import annotations
+
+import copy
+import sys
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+import revify
+from revify import ReversibleChain
+
+DDP = {
+    "default": {},
+    "find-unused": {"find_unused_parameters": True},
+    "static-graph": {"static_graph": True},
+    "bucket-view": {"gradient_as_bucket_view": True},
+}
+FSDP = ("fsdp", "fsdp-mixed-precision", "fsdp-offload")
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.f = nn.Sequential(nn.GroupNorm(2, 8), nn.ReLU(), nn.Conv2d(8, 8, 3, padding=1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.f(x)
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.head = nn.Conv2d(3, 8, 3, padding=1), nn.Linear(8, 4)
+        self.blocks = nn.Sequential(*(Block() for _ in range(5)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.blocks(self.stem(x)).mean((2, 3)))  # type: ignore[no-any-return]
+
+
+class ByHand(nn.Module):
+    """A hand-built model, whose steps are sharded one by one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.head = nn.Conv2d(3, 8, 3, padding=1), nn.Linear(8, 4)
+        self.chain = ReversibleChain([Block().f for _ in range(5)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        x1, x2 = self.chain(*[self.stem(x)] * 2)
+        return self.head((x1 + x2).mean((2, 3)))  # type: ignore[no-any-return]
+
+
+def main(case: str, rank: int, file: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=2)
+    torch.manual_seed(0)
+    model = ByHand() if case in FSDP else revify.convert(Net())
+    single = copy.deepcopy(model)
+    x = torch.randn(8, 3, 6, 6)
+    if case in FSDP:
+        sharded(model, case)
+        run = model
+    else:
+        run = DistributedDataParallel(model, **DDP[case])
+    for step in range(3):  # static_graph learns in the first step
+        half = (x + step).chunk(2)[rank]
+        run(half).square().mean().backward()
+        single(x + step).square().mean().backward()
+        for (name, p), q in zip(model.named_parameters(), single.parameters(), strict=True):
+            gradient = p.grad.full_tensor() if hasattr(p.grad, "full_tensor") else p.grad
+            tolerance = {"rtol": 0.1, "atol": 0.01} if case == "fsdp-mixed-precision" else {"rtol": 1e-4, "atol": 1e-6}
+            torch.testing.assert_close(gradient, q.grad, msg=lambda m, name=name: f"{name}: {m}", **tolerance)
+        model.zero_grad()
+        single.zero_grad()
+    dist.destroy_process_group()
+
+
+def sharded(model: nn.Module, case: str) -> None:
+    options: dict[str, object] = {"mesh": dist.device_mesh.init_device_mesh("cpu", (2,))}
+    if case == "fsdp-mixed-precision":
+        options["mp_policy"] = MixedPrecisionPolicy(torch.bfloat16, torch.float32)
+    if case == "fsdp-offload":
+        options["offload_policy"] = CPUOffloadPolicy(pin_memory=False)
+    for step in model.chain.steps:  # type: ignore[union-attr]
+        fully_shard(step, **options)
+    fully_shard(model, **options)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], int(sys.argv[2]), sys.argv[3])
