@@ -13,7 +13,7 @@ from revify._coupling import Coupling
 from revify._errors import RevifyError
 from revify._function import Enter, Leave, Recompute, Update, check_branch
 from revify._guard import Guard
-from revify._replay import Evaluation
+from revify._replay import Evaluation, casts_not_shared
 
 
 class Step(nn.Module):
@@ -152,6 +152,9 @@ class ReversibleChain(nn.Module):
                 x[p], shadow[q], shadow[p] = step(coupling, x[p], x[q], context, (shadow[p], shadow[q]))
                 if step.ends_transition:
                     shadow[1], shadow[2] = self._guarded(step, x, (shadow[1], shadow[2]))
+            elif recorded:
+                with casts_not_shared():
+                    x[p] = step(coupling, x[p], x[q], context)
             else:
                 x[p] = step(coupling, x[p], x[q], context)
         if shadow:

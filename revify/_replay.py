@@ -156,6 +156,18 @@ def _run(function: nn.Module, operands: Sequence[nn.Module | Tensor], inputs: Se
 
 
 @contextmanager
+def casts_not_shared() -> Iterator[None]:
+    """Inside it every use of a weight under autocast casts it anew, as two evaluations of a branch do: the gradients
+    of a weight's uses add up in the weight's own dtype."""
+    before = torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(False)
+    try:
+        yield
+    finally:
+        torch.set_autocast_cache_enabled(before)
+
+
+@contextmanager
 def _replaying() -> Iterator[None]:
     before = is_replaying()
     _thread.replaying = True

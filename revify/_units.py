@@ -96,10 +96,11 @@ class UnitFinder:
     def _unit(self, total: fx.Node) -> Unit | None:
         """The unit that ends in an addition, or None where there is no skip at all."""
         terms, sums = self._flat_terms(total)
-        for position, (z, factor) in enumerate(terms):
-            z = self._through_identity(z)
+        for position in sorted(range(len(terms)), key=lambda i: self.order[terms[i][0]]):  # the outermost skip first
+            z, factor = self._through_identity(terms[position][0]), terms[position][1]
             others = terms[:position] + terms[position + 1 :]
-            if any(self.depends(term, z) and term is not z for term, _ in others):
+            dependent = [self.depends(term, z) and term is not z for term, _ in others]
+            if any(dependent) and all(d or self._unrelated(t, z) for d, (t, _) in zip(dependent, others, strict=True)):
                 if factor != 1.0:
                     raise _Refused("scaled-skip", _SCALED.format(factor=f"{factor:g}"))
                 self._check_in_place(z, total, sums)
@@ -107,6 +108,11 @@ class UnitFinder:
         if len(terms) != 2:
             terms, sums = self.ops.terms(total), (total,)
         return self._transition_unit(total, terms, sums)
+
+    def _unrelated(self, a: fx.Node, b: fx.Node) -> bool:
+        """Whether nothing but parameters and buffers goes into both."""
+        common = self.sources[a] & self.sources[b]
+        return not any(common >> self.order[n] & 1 for n in self.nodes if n.op != "get_attr")
 
     def _flat_terms(self, total: fx.Node) -> tuple[tuple[tuple[fx.Node, float], ...], tuple[fx.Node, ...]]:
         """The terms of nested sums that nothing else reads, and the sums."""
