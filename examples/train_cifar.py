@@ -162,7 +162,8 @@ class Run:
                     self.save()
         if not quiet:
             losses_and_accuracies = ([r["loss"] for r in self.rows], [r["test_accuracy"] for r in self.rows])
-            plot.curves({self.options.model: losses_and_accuracies}, self.folder / "curves.png", title=self.data.name)
+            path = self.folder / "curves.png"
+            plot.curves({self.options.model: losses_and_accuracies}, path, title=self.data.name, step="epoch")
             print(f"test accuracy {self.rows[-1]['test_accuracy']:.2%}; log, picture and weights in {self.folder}")
 
     def train_step(self) -> Tensor:

@@ -135,15 +135,26 @@ class ReversibleChain(nn.Module):
         """Maps the state (x1, x2) to (y1, y2). ``context`` is handed to every branch after its stream, and gets
         its gradients."""
         coupling = Coupling(torch.promote_types(x1.dtype, x2.dtype), self.exact and self.training)
-        recorded = self.training and torch.is_grad_enabled()
+        if self.training and torch.is_grad_enabled():
+            y1, y2 = self._record(coupling, x1, x2, context)
+        else:
+            x = {1: coupling.enter(x1), 2: coupling.enter(x2)}
+            for step in self.steps:
+                x[step.writes] = step(coupling, x[step.writes], x[3 - step.writes], context)
+            y1, y2 = x[1], x[2]
+        return coupling.read(y1), coupling.read(y2)
+
+    @torch.compiler.disable(reason="a reversible chain's training step runs in eager mode")
+    def _record(self, coupling: Coupling, x1: Tensor, x2: Tensor, context: Sequence[Any]) -> tuple[Tensor, Tensor]:
+        """The updates, for a backward pass to follow."""
         anchor = next((v for v in (x1, x2, *context) if isinstance(v, Tensor) and v.requires_grad), None)
-        if recorded and x1 is x2:
-            x2 = x1.view_as(x1)  # a compiled autograd function takes no tensor twice
+        if x1 is x2:
+            x2 = x1.view_as(x1)  # their gradients add up at the entry, as two streams' do
         x = {1: coupling.enter(x1), 2: coupling.enter(x2)}
         shadow: dict[int, Tensor] = {}
         for step in self.steps:
             p, q = step.writes, 3 - step.writes
-            if recorded and not self.stores_activations and not shadow:
+            if not self.stores_activations and not shadow:
                 # What lies ahead of the first step that needs a gradient need not be reconstructed.
                 anchor = step.anchor() if anchor is None else anchor
                 if anchor is not None:
@@ -152,14 +163,12 @@ class ReversibleChain(nn.Module):
                 x[p], shadow[q], shadow[p] = step(coupling, x[p], x[q], context, (shadow[p], shadow[q]))
                 if step.ends_transition:
                     shadow[1], shadow[2] = self._guarded(step, x, (shadow[1], shadow[2]))
-            elif recorded:
+            else:
                 with casts_not_shared():
                     x[p] = step(coupling, x[p], x[q], context)
-            else:
-                x[p] = step(coupling, x[p], x[q], context)
         if shadow:
             x[1], x[2] = Leave.apply(x[1], x[2], shadow[1], shadow[2])
-        return coupling.read(x[1]), coupling.read(x[2])
+        return x[1], x[2]
 
     def _guarded(self, step: Step, x: dict[int, Tensor], shadows: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         """The shadows of the state x, watched over."""
@@ -188,6 +197,10 @@ class Recomputed(nn.Module):
     def forward(self, *inputs: Tensor) -> Any:
         if not (self.training and torch.is_grad_enabled()) or self.stores_activations:
             return self.function(*inputs)
+        return self._record(*inputs)
+
+    @torch.compiler.disable(reason="the recomputation of the stem runs in eager mode")
+    def _record(self, *inputs: Tensor) -> Any:
         f = Evaluation(self.function)
         return Recompute.apply(f, len(inputs), *inputs, *f.tensors)
 

@@ -13,14 +13,18 @@ matplotlib.use("Agg")  # pictures go to files; no window is needed
 _COLOURS = ("#4477aa", "#cc6633", "#228833", "#aa3377", "#66aacc", "#888888")
 
 
-def curves(runs: Mapping[str, tuple[Sequence[float], Sequence[float]]], path: Path, *, title: str) -> None:
-    """Loss by step, smoothed, and test accuracy by epoch, of each run: ``{name: (losses, accuracies)}``."""
+def curves(
+    runs: Mapping[str, tuple[Sequence[float], Sequence[float]]], path: Path, *, title: str, step: str = "step"
+) -> None:
+    """Loss, and test accuracy by epoch, of each run: ``{name: (losses, accuracies)}``. There is a loss for each
+    ``step``: one a "step", shown as a running mean, or one an "epoch"."""
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     left, right = figure.subplots(1, 2)
     for (name, (losses, accuracies)), colour in zip(runs.items(), _COLOURS, strict=False):
-        left.plot(range(1, len(losses) + 1), _smoothed(losses), color=colour, label=name)
+        shown = _smoothed(losses) if step == "step" else losses
+        left.plot(range(1, len(losses) + 1), shown, color=colour, label=name)
         right.plot(range(1, len(accuracies) + 1), [100 * a for a in accuracies], color=colour, label=name, marker=".")
-    left.set(xlabel="step", ylabel="training loss (running mean)", yscale="log")
+    left.set(xlabel=step, ylabel="training loss", yscale="log")
     right.set(xlabel="epoch", ylabel="test accuracy (%)")
     for axes in (left, right):
         axes.grid(alpha=0.25)

@@ -308,6 +308,24 @@ def test_export_in_eval(model: nn.Module, x: Tensor) -> None:
     torch.testing.assert_close(exported(x), model(x))
 
 
+def test_compile_in_eval_is_one_graph(model: nn.Module, x: Tensor) -> None:
+    model.eval()
+    with torch.no_grad():
+        torch.testing.assert_close(torch.compile(model, fullgraph=True, backend="aot_eager")(x), model(x))
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")  # Dynamo's own
+def test_compile_in_training_leaves_the_chains_eager(model: nn.Module, x: Tensor) -> None:
+    stored = copy.deepcopy(model)
+    compiled = torch.compile(model, backend="aot_eager")
+    for m, call in ((model, compiled), (stored, stored)):
+        torch.manual_seed(5)
+        call(x).square().sum().backward()
+        assert int(m.blocks[0].norm.num_batches_tracked) == 1  # type: ignore[index,union-attr]
+    for p, q in zip(model.parameters(), stored.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad, rtol=1e-4, atol=1e-5)
+
+
 def test_moving_average_of_weights(model: nn.Module, x: Tensor) -> None:
     average = AveragedModel(model, use_buffers=True)
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
