@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Iterator, Mapping
-from types import SimpleNamespace
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -58,7 +57,7 @@ class Region(nn.Module):
         return [_at(self.root, path) for path in self.paths.values()]
 
     def run(self, operands: list[Any], *inputs: Any) -> Any:
-        return self.code.function(SimpleNamespace(**dict(zip(self.paths, operands, strict=True))), *inputs)
+        return self.code.function(_Operands(self.paths, operands), *inputs)
 
     def forward(self, *inputs: Any) -> Any:
         return self.run(self.operands(), *inputs)
@@ -94,6 +93,14 @@ class Region(nn.Module):
 
     def extra_repr(self) -> str:
         return ", ".join(self.paths.values())
+
+
+class _Operands:
+    """What the generated code reads as attributes of its first argument."""
+
+    def __init__(self, names: Iterable[str], operands: Iterable[Any]) -> None:
+        for name, operand in zip(names, operands, strict=True):
+            setattr(self, name, operand)
 
 
 def _at(root: nn.Module, path: str) -> Any:

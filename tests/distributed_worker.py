@@ -9,6 +9,7 @@ Norms are over single images here, so that halves and whole are the same functio
 from __future__ import annotations
 
 import copy
+import os
 import sys
 
 import torch
@@ -99,3 +100,5 @@ def sharded(model: nn.Module, case: str) -> None:
 
 if __name__ == "__main__":
     main(sys.argv[1], int(sys.argv[2]), sys.argv[3])
+    sys.stdout.flush()
+    os._exit(0)  # the threads that gloo leaves behind sometimes abort an ordinary exit of the interpreter
