@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,6 +14,28 @@ from revify._errors import RevifyError
 from revify._function import Enter, Leave, Recompute, Update, check_branch
 from revify._guard import Guard
 from revify._replay import Evaluation, casts_not_shared
+
+
+class Turn:
+    """What a step is given besides the tensors that it reads. A class of its own and no tuple or dataclass, so that it
+    is hidden from what wraps the step: FSDP casts a module's inputs, and a stream that loses digits cannot be
+    reconstructed.
+
+    Attributes:
+        coupling: the arithmetic.
+        p: the value of the stream that is replaced.
+        shadows: of the replaced and of the other stream, before the update, then after it; None: no reversible pass.
+        keep: the operations of the branch whose outputs to keep, by number.
+    """
+
+    def __init__(
+        self,
+        coupling: Coupling,
+        p: Tensor,
+        shadows: tuple[Tensor, Tensor] | None = None,
+        keep: Collection[int] = (),
+    ) -> None:
+        self.coupling, self.p, self.shadows, self.keep = coupling, p, shadows, keep
 
 
 class Step(nn.Module):
@@ -37,33 +59,29 @@ class Step(nn.Module):
         self.context = None if context is None else tuple(context)
         self.ends_transition = skip is not None and writes == 2
 
-    def forward(
-        self,
-        coupling: Coupling,
-        p: Tensor,
-        q: Tensor,
-        context: Sequence[Any],
-        shadows: Sequence[Tensor] | None = None,
-    ) -> Any:
-        """The new value of the stream, and, given the shadows of p and q, those of the other stream and of it."""
-        context = self._of_branch(context)
-        if shadows is not None:
+    def forward(self, turn: Turn, p_in: Tensor | None, q_in: Tensor, *context: Any) -> Tensor:
+        """The new value of the stream. ``p_in`` and ``q_in`` are the streams' values as skip and branch read them
+        (``p_in`` is None without a skip), ``context`` what the branch takes besides."""
+        if turn.shadows is not None:
             skip, f = _evaluation(self.skip), _evaluation(self.branch)
             tensors = [*(x for x in context if isinstance(x, Tensor)), *_tensors(skip), *_tensors(f)]
-            return Update.apply(self.name, coupling, skip, f, context, p, q, *shadows, *tensors)
-        r = p if self.skip is None else coupling.enter(self.skip(_head(coupling.read(p))))
+            streams = turn.p, p_in, q_in, *turn.shadows
+            r, *shadows = Update.apply(self.name, turn.coupling, skip, f, turn.keep, context, *streams, *tensors)
+            turn.shadows = shadows[1], shadows[0]
+            return r  # type: ignore[no-any-return]
+        r = turn.p if self.skip is None or p_in is None else turn.coupling.enter(self.skip(_head(p_in)))
         if self.branch is None:
             return r
-        a = self.branch(_head(coupling.read(q)), *context)
+        a = self.branch(_head(q_in), *context)
         check_branch(self.name, r, a)
-        return coupling.couple(r, a)
+        return turn.coupling.couple(r, a)
 
     def anchor(self) -> Tensor | None:
         """A parameter of the step that requires grad, if any does."""
         parameters = (w for module in (self.skip, self.branch) if module is not None for w in module.parameters())
         return next((w for w in parameters if w.requires_grad), None)
 
-    def _of_branch(self, context: Sequence[Any]) -> Sequence[Any]:
+    def of_branch(self, context: Sequence[Any]) -> Sequence[Any]:
         return context if self.context is None else [context[i] for i in self.context]
 
     def invert(self, coupling: Coupling, r: Tensor, q: Tensor, context: Sequence[Any]) -> Tensor:
@@ -71,7 +89,7 @@ class Step(nn.Module):
         if self.skip is not None or self.branch is None:
             raise RevifyError(f"{self.name} is a transition, which has no inverse; invert the runs between them.")
         f = Evaluation(self.branch)
-        a = f.again(f.tensors, coupling.read(q), *self._of_branch(context))
+        a = f.again(f.tensors, coupling.read(q), *self.of_branch(context))
         check_branch(self.name, r, a)
         return coupling.uncouple(r, a)
 
@@ -140,7 +158,7 @@ class ReversibleChain(nn.Module):
         else:
             x = {1: coupling.enter(x1), 2: coupling.enter(x2)}
             for step in self.steps:
-                x[step.writes] = step(coupling, x[step.writes], x[3 - step.writes], context)
+                x[step.writes] = _take(step, Turn(coupling, x[step.writes]), x, context)
             y1, y2 = x[1], x[2]
         return coupling.read(y1), coupling.read(y2)
 
@@ -160,12 +178,15 @@ class ReversibleChain(nn.Module):
                 if anchor is not None:
                     shadow[1], shadow[2] = self._guarded(step, x, Enter.apply(anchor, x[1], x[2]))
             if shadow:
-                x[p], shadow[q], shadow[p] = step(coupling, x[p], x[q], context, (shadow[p], shadow[q]))
+                turn = Turn(coupling, x[p], (shadow[p], shadow[q]))
+                x[p] = _take(step, turn, x, context)
+                assert turn.shadows is not None
+                shadow[p], shadow[q] = turn.shadows
                 if step.ends_transition:
                     shadow[1], shadow[2] = self._guarded(step, x, (shadow[1], shadow[2]))
             else:
                 with casts_not_shared():
-                    x[p] = step(coupling, x[p], x[q], context)
+                    x[p] = _take(step, Turn(coupling, x[p]), x, context)
         if shadow:
             x[1], x[2] = Leave.apply(x[1], x[2], shadow[1], shadow[2])
         return x[1], x[2]
@@ -232,6 +253,13 @@ def check_exact(exact: bool) -> None:
 def check_coupling(coupling: str) -> None:
     if coupling != "revnet":
         raise RevifyError(f"coupling must be 'revnet', got {coupling!r}.")
+
+
+def _take(step: Step, turn: Turn, x: dict[int, Tensor], context: Sequence[Any]) -> Tensor:
+    """The step's turn, in the state x."""
+    p_in = None if step.skip is None else turn.coupling.read(turn.p)
+    r: Tensor = step(turn, p_in, turn.coupling.read(x[3 - step.writes]), *step.of_branch(context))
+    return r
 
 
 def _head(x: Tensor) -> Tensor:

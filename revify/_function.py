@@ -12,6 +12,8 @@ before it, and keeps nothing of it:
    inversion ``p = r - a`` and the vector-Jacobian product.
 4. An update with a skip module (a transition) cannot be inverted: it keeps p, and returns what it kept. Its q
    comes from the shadows like everybody's.
+5. Where memory allows it, an update keeps the outputs of some of its branch's operations (`_tape`), which the second
+   evaluation then takes instead of computing them.
 
 So a chain keeps two tensors at its end and one for each stream at each transition, at any depth. No Python
 object is shared between updates, and the parameters' gradients leave each update as soon as they are known.
@@ -21,7 +23,7 @@ With r the cotangents are  ``dp = dr  (or J_skip(p)^T dr)``,  ``dq += J_f(q)^T d
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
@@ -62,10 +64,13 @@ class Leave(torch.autograd.Function):
 
 
 class Update(torch.autograd.Function):
-    """``Update.apply(name, coupling, skip, f, context, p, q, p_shadow, q_shadow, *tensors) -> r, q_shadow, r_shadow``.
+    """``Update.apply(name, coupling, skip, f, keep, context, p, p_in, q_in, p_shadow, q_shadow, *tensors)``
+    returns ``r, q_shadow, r_shadow``.
 
-    ``skip`` and ``f`` are the evaluations to make (None: the identity, nothing); ``tensors`` are the context
-    inputs of ``f`` that are tensors, then the tensors of ``skip``, then those of ``f``.
+    ``skip`` and ``f`` are the evaluations to make (None: the identity, nothing) of ``p_in`` and ``q_in``, the streams'
+    values as they read them (``p_in`` is None without a skip); ``keep`` the operations of f whose outputs to keep, by
+    number; ``tensors`` are the context inputs of ``f`` that are tensors, then the tensors of ``skip``, then those of
+    ``f``.
     """
 
     @staticmethod
@@ -75,48 +80,55 @@ class Update(torch.autograd.Function):
         coupling: Coupling,
         skip: Evaluation | None,
         f: Evaluation | None,
+        keep: Collection[int],
         context: Sequence[Any],
         p: Tensor,
-        q: Tensor,
+        p_in: Tensor | None,
+        q_in: Tensor,
         p_shadow: Tensor,
         q_shadow: Tensor,
         *tensors: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:
         ctx.set_materialize_grads(False)
         ctx.coupling, ctx.skip, ctx.f, ctx.context = coupling, skip, f, _without_tensors(context)
-        ctx.strides = p.stride()
-        ctx.save_for_backward(p if skip else None, *tensors)
-        r = coupling.enter(skip.first(coupling.read(p))) if skip else p
+        ctx.strides, ctx.p_dtype, ctx.q_dtype = p.stride(), p_in.dtype if p_in is not None else None, q_in.dtype
+        r = coupling.enter(skip.first(p_in)) if skip else p
         if f is not None:
-            a = f.first(coupling.read(q), *context)
+            a = f.first(q_in, *context, keep=keep)
             check_branch(name, r, a)
             r = coupling.couple_into(r, a)
+        outputs = f.tape.take_outputs() if f else []
+        ctx.n_outputs = len(outputs)
+        ctx.save_for_backward(p if skip else None, *outputs, *tensors)
         return r, q_shadow.view_as(q_shadow), _shadow(r)
 
     @staticmethod
     def backward(ctx: Any, dr: Tensor | None, q: Tensor, r: Tensor) -> tuple[Any, ...]:
-        kept_p, *tensors = ctx.saved_tensors
+        (kept_p,), outputs, tensors = _split(ctx.saved_tensors, 1, ctx.n_outputs)
         coupling, skip, f = ctx.coupling, ctx.skip, ctx.f
-        needs_p, needs_q = ctx.needs_input_grad[5:7]
-        needs = ctx.needs_input_grad[9:]
+        needs_p_in, needs_q = ctx.needs_input_grad[7:9]
+        needs = ctx.needs_input_grad[11:]
         n_context = sum(x is None for x in ctx.context)
         n_skip = len(skip.tensors) if skip else 0
         of_context, of_skip, of_f = _split(tensors, n_context, n_skip)
         need_context, need_skip, need_f = _split(needs, n_context, n_skip)
 
-        p, dp, dq = kept_p, dr, None
+        p, dp, dp_in, dq = kept_p, dr, None, None
         d_context: Sequence[Tensor | None] = [None] * n_context
         d_skip: Sequence[Tensor | None] = [None] * n_skip
         d_f: Sequence[Tensor | None] = [None] * len(of_f)
         if f is not None:
-            take_part = [coupling.read(q), *of_context], [needs_q, *need_context], of_f, need_f
-            a, (dq, *d_context), d_f = _replay(f, dr, *take_part, context=ctx.context)
+            q_in = coupling.read(q).to(ctx.q_dtype)
+            take_part = [q_in, *of_context], [needs_q, *need_context], of_f, need_f
+            a, (dq, *d_context), d_f = _replay(f, dr, *take_part, context=ctx.context, outputs=outputs)
             if skip is None:
                 p = coupling.uncouple(r, a) if torch.is_grad_enabled() else coupling.uncouple_into(r, a)
                 p = _with_strides(p, ctx.strides)
         if skip is not None:
-            _, (dp,), d_skip = _replay(skip, dr, [coupling.read(kept_p)], [needs_p], of_skip, need_skip)
-        return (None, None, None, None, None, dp, dq, p, q, *d_context, *d_skip, *d_f)
+            p_in = coupling.read(kept_p).to(ctx.p_dtype)
+            _, (dp_in,), d_skip = _replay(skip, dr, [p_in], [needs_p_in], of_skip, need_skip)
+            dp = None
+        return (None, None, None, None, None, None, dp, dp_in, dq, p, q, *d_context, *d_skip, *d_f)
 
 
 class Recompute(torch.autograd.Function):
@@ -145,8 +157,9 @@ def _replay(
     tensors: Sequence[Tensor],
     need_tensors: Sequence[bool],
     context: Sequence[Any] = (),
+    outputs: Sequence[Tensor | None] = (),
 ) -> tuple[Tensor, list[Tensor | None], list[Tensor | None]]:
-    """``y = f(*inputs)`` evaluated again, detached, with the gradients of inputs and tensors."""
+    """``y = f(*inputs)`` evaluated again, detached, with the gradients of inputs and tensors. ``outputs`` were kept."""
     create_graph = torch.is_grad_enabled()
     if create_graph:  # aliases, so that the derivatives are those of f alone, and not of what its input came from
         inputs, tensors = ([x.view_as(x) for x in given] for given in (inputs, tensors))
@@ -154,7 +167,7 @@ def _replay(
         inputs = [x.detach().requires_grad_(need) for x, need in zip(inputs, need_inputs, strict=True)]
         tensors = [_leaf(w, need) for w, need in zip(tensors, need_tensors, strict=True)]
     with torch.enable_grad():
-        y: Tensor = f.again(tensors, *_with_tensors(context, inputs))
+        y: Tensor = f.again(tensors, *_with_tensors(context, inputs), outputs=outputs)
     all_needs = [*need_inputs, *need_tensors]
     wanted = [x for x, need in zip([*inputs, *tensors], all_needs, strict=True) if need]
     found: Sequence[Tensor | None] = [None] * len(wanted)

@@ -9,20 +9,22 @@ model to be afterwards as if it had been evaluated once, the second evaluation
    of the batch norms of `torch.nn` are left out, since in training their output does not depend on them;
 4. draws the same random numbers and puts the generators back as they were;
 5. runs under the same autocast state. The cache of cast weights is off in both evaluations: a cast that was
-   cached without a graph would cut the gradient of every later use of the weight.
+   cached without a graph would cut the gradient of every later use of the weight;
+6. is spared what the first one has taped (`_tape`).
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from revify._region import Region
+from revify._tape import WORTHWHILE, Recording, Replaying, Tape
 
 _thread = threading.local()
 
@@ -66,6 +68,7 @@ class Evaluation:
         self.buffers: list[dict[str, tuple[Tensor, Tensor]]] = [{} for _ in self.modules]
         self.random: RandomState = []
         self.autocast: AutocastState = []
+        self.tape = Tape()
         self.tensors: list[Tensor] = []
         self._index: dict[int, int] = {}
         for operand in operands:
@@ -82,14 +85,18 @@ class Evaluation:
             self.tensors.append(tensor)
         return index
 
-    def first(self, *inputs: Any) -> Any:
-        device = next((x.device for x in inputs if isinstance(x, Tensor)), torch.device("cpu"))
+    def first(self, *inputs: Any, keep: Collection[int] = ()) -> Any:
+        """``keep``: the operations whose outputs to tape, by number."""
+        device = inputs[0].device
         self.buffers = [self._changing_buffers(m) for m in self.modules]
         versions = [{name: live._version for name, (live, _) in kept.items()} for kept in self.buffers]
         self.random = _random_state(device)
         self.autocast = _autocast_state(device)
-        with _autocast(self.autocast):
+        recording = Recording(keep) if keep or self._has_statistics(inputs[0]) else None
+        with _autocast(self.autocast), recording or nullcontext():
             output = _run(self.function, self.operands, inputs)
+        if recording is not None:
+            self.tape = recording.tape()
         # What did not change need not be kept: `again` copies the live buffer.
         for module, kept, version in zip(self.modules, self.buffers, versions, strict=True):
             for name, (live, _) in list(kept.items()):
@@ -98,7 +105,17 @@ class Evaluation:
         self.random = _drawn_from(self.random)
         return output
 
-    def again(self, tensors: Sequence[Tensor], *inputs: Any) -> Any:
+    def _has_statistics(self, x: Tensor) -> bool:
+        """Whether there may be batch statistics to tape, and the input is large enough for it to be worth while."""
+        if x.device.type != "cpu" or x.numel() < WORTHWHILE:
+            return False
+        return any(
+            training and isinstance(module, nn.modules.batchnorm._BatchNorm)
+            for module, training in zip(self.modules, self.training, strict=True)
+        )
+
+    def again(self, tensors: Sequence[Tensor], *inputs: Any, outputs: Sequence[Tensor | None] = ()) -> Any:
+        """``tensors`` in the place of the parameters; ``outputs`` are those taken from the tape."""
         stand_ins: dict[int, nn.Module] = {}
         for position, module in enumerate(self.modules):
             if id(module) not in stand_ins:
@@ -110,7 +127,8 @@ class Evaluation:
         operands: list[nn.Module | Tensor] = [
             tensors[self._index[id(x)]] if isinstance(x, Tensor) else stand_ins.get(id(x), x) for x in self.operands
         ]
-        with _replaying(), _random(self.random), _autocast(self.autocast):
+        replaying = Replaying(self.tape.with_outputs(outputs)) if self.tape.entries else nullcontext()
+        with _replaying(), _random(self.random), _autocast(self.autocast), replaying:
             return _run(self.function, operands, inputs)
 
     @staticmethod

@@ -82,14 +82,16 @@ def stale_weight(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         _replay.Evaluation,
         "again",
-        lambda self, tensors, *x: again(self, [t * 1.1 if t.is_floating_point() else t for t in tensors], *x),
+        lambda self, tensors, *x, **kept: again(
+            self, [t * 1.1 if t.is_floating_point() else t for t in tensors], *x, **kept
+        ),
     )
 
 
 def statistics_twice(monkeypatch: pytest.MonkeyPatch) -> None:
     """The second evaluation runs on the modules themselves."""
     monkeypatch.setattr(
-        _replay.Evaluation, "again", lambda self, tensors, *x: _replay._run(self.function, self.operands, x)
+        _replay.Evaluation, "again", lambda self, tensors, *x, **kept: _replay._run(self.function, self.operands, x)
     )
 
 

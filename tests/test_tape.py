@@ -1,0 +1,53 @@
+"""What the second evaluation of a branch takes from the first."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from revify._replay import Evaluation
+from revify._tape import DEAR, WORTHWHILE
+
+
+def evaluate(branch: nn.Module, x: Tensor, keep: tuple[int, ...]) -> tuple[list[str], int]:
+    """The operations that the tape counts, and how many outputs were kept; the second evaluation is the first."""
+    f = Evaluation(branch)
+    with torch.no_grad():
+        y = f.first(x, keep=keep)
+    outputs = f.tape.take_outputs()
+    again = f.again(f.tensors, x, outputs=outputs)
+    assert torch.equal(y, again)
+    expected = torch.autograd.grad(branch(x).sin().sum(), f.tensors)
+    found = torch.autograd.grad(again.sin().sum(), f.tensors)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    return [op.__name__ for op, _, _ in f.tape.entries], len(outputs)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_statistics_and_outputs_are_taken(layout: torch.memory_format) -> None:
+    branch = nn.Sequential(nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 3, padding=1), nn.Conv2d(4, 4, 1))
+    x = torch.randn(8, 4, 32, 32).contiguous(memory_format=layout)
+    assert x.numel() >= WORTHWHILE
+    names, outputs = evaluate(branch, x, keep=(1, 2))
+    assert names == ["native_batch_norm.default", "convolution.default", "convolution.default"]
+    assert outputs == 2
+
+
+def test_an_output_that_is_overwritten_is_not_kept() -> None:
+    branch = nn.Sequential(nn.Conv2d(4, 4, 1), nn.ReLU(inplace=True), nn.Conv2d(4, 4, 1))
+    names, outputs = evaluate(branch, torch.randn(2, 4, 5, 5), keep=(0, 1))
+    assert len(names) == 2
+    assert outputs == 1
+
+
+def test_kept_outputs_are_not_computed_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    branch = nn.Conv2d(4, 4, 1)
+    f = Evaluation(branch)
+    x = torch.randn(2, 4, 5, 5)
+    with torch.no_grad():
+        f.first(x, keep=(0,))
+    (kept,) = f.tape.take_outputs()
+    assert kept is not None
+    assert torch.equal(f.again(f.tensors, x, outputs=[kept + 1]), kept + 1)
+    assert torch.ops.aten.convolution.default in DEAR
