@@ -35,7 +35,7 @@ DEAR = {
     aten._scaled_dot_product_cudnn_attention.default,
 }
 _BATCH_NORM = aten.native_batch_norm.default
-WORTHWHILE = 2**15  # values in the stream; with fewer, looking at every operation costs more than it saves
+WORTHWHILE = 2**19  # values in the stream; with fewer, looking at every operation costs more than it saves
 
 Kept = tuple[Tensor | None, ...]  # the outputs of one operation
 Entry = tuple[Any, tuple[torch.Size, ...], Kept | None]  # the operation, its inputs' shapes, what was kept

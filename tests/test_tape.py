@@ -27,7 +27,7 @@ def evaluate(branch: nn.Module, x: Tensor, keep: tuple[int, ...]) -> tuple[list[
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 def test_statistics_and_outputs_are_taken(layout: torch.memory_format) -> None:
     branch = nn.Sequential(nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 3, padding=1), nn.Conv2d(4, 4, 1))
-    x = torch.randn(8, 4, 32, 32).contiguous(memory_format=layout)
+    x = torch.randn(32, 4, 64, 64).contiguous(memory_format=layout)
     assert x.numel() >= WORTHWHILE
     names, outputs = evaluate(branch, x, keep=(1, 2))
     assert names == ["native_batch_norm.default", "convolution.default", "convolution.default"]
