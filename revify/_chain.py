@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from revify import _compiled
 from revify._coupling import Coupling
 from revify._errors import RevifyError
 from revify._function import Enter, Leave, Recompute, Update, check_branch
@@ -75,6 +76,16 @@ class Step(nn.Module):
         a = self.branch(_head(q_in), *context)
         check_branch(self.name, r, a)
         return turn.coupling.couple(r, a)
+
+    def take(self, coupling: Coupling, x: dict[int, Tensor], shadow: dict[int, Tensor], context: Sequence[Any]) -> None:
+        """The step's turn: updates the state ``x`` and its shadows (none: no reversible pass). ``context`` are the
+        chain's context inputs."""
+        p, q = self.writes, 3 - self.writes
+        turn = Turn(coupling, x[p], (shadow[p], shadow[q]) if shadow else None)
+        p_in = None if self.skip is None else coupling.read(x[p])
+        x[p] = self(turn, p_in, coupling.read(x[q]), *self.of_branch(context))
+        if turn.shadows is not None:
+            shadow[p], shadow[q] = turn.shadows
 
     def anchor(self) -> Tensor | None:
         """A parameter of the step that requires grad, if any does."""
@@ -154,15 +165,20 @@ class ReversibleChain(nn.Module):
         its gradients."""
         coupling = Coupling(torch.promote_types(x1.dtype, x2.dtype), self.exact and self.training)
         if self.training and torch.is_grad_enabled():
-            y1, y2 = self._record(coupling, x1, x2, context)
+            if torch.compiler.is_compiling():
+                y1, y2 = _compiled.run_chain(self, coupling, x1, x2, context)
+            else:
+                y1, y2 = self._record(coupling, x1, x2, context)
         else:
             x = {1: coupling.enter(x1), 2: coupling.enter(x2)}
             for step in self.steps:
-                x[step.writes] = _take(step, Turn(coupling, x[step.writes]), x, context)
+                step.take(coupling, x, {}, context)
             y1, y2 = x[1], x[2]
         return coupling.read(y1), coupling.read(y2)
 
-    @torch.compiler.disable(reason="a reversible chain's training step runs in eager mode")
+    @torch.compiler.disable(
+        reason="`_compiled` has the compiler's way; where that is refused, the eager one is left alone"
+    )
     def _record(self, coupling: Coupling, x1: Tensor, x2: Tensor, context: Sequence[Any]) -> tuple[Tensor, Tensor]:
         """The updates, for a backward pass to follow."""
         anchor = next((v for v in (x1, x2, *context) if isinstance(v, Tensor) and v.requires_grad), None)
@@ -171,22 +187,18 @@ class ReversibleChain(nn.Module):
         x = {1: coupling.enter(x1), 2: coupling.enter(x2)}
         shadow: dict[int, Tensor] = {}
         for step in self.steps:
-            p, q = step.writes, 3 - step.writes
             if not self.stores_activations and not shadow:
                 # What lies ahead of the first step that needs a gradient need not be reconstructed.
                 anchor = step.anchor() if anchor is None else anchor
                 if anchor is not None:
                     shadow[1], shadow[2] = self._guarded(step, x, Enter.apply(anchor, x[1], x[2]))
             if shadow:
-                turn = Turn(coupling, x[p], (shadow[p], shadow[q]))
-                x[p] = _take(step, turn, x, context)
-                assert turn.shadows is not None
-                shadow[p], shadow[q] = turn.shadows
+                step.take(coupling, x, shadow, context)
                 if step.ends_transition:
                     shadow[1], shadow[2] = self._guarded(step, x, (shadow[1], shadow[2]))
             else:
                 with casts_not_shared():
-                    x[p] = _take(step, Turn(coupling, x[p]), x, context)
+                    step.take(coupling, x, shadow, context)
         if shadow:
             x[1], x[2] = Leave.apply(x[1], x[2], shadow[1], shadow[2])
         return x[1], x[2]
@@ -218,9 +230,13 @@ class Recomputed(nn.Module):
     def forward(self, *inputs: Tensor) -> Any:
         if not (self.training and torch.is_grad_enabled()) or self.stores_activations:
             return self.function(*inputs)
+        if torch.compiler.is_compiling():
+            return _compiled.recompute(self.function, *inputs)
         return self._record(*inputs)
 
-    @torch.compiler.disable(reason="the recomputation of the stem runs in eager mode")
+    @torch.compiler.disable(
+        reason="`_compiled` has the compiler's way; where that is refused, the eager one is left alone"
+    )
     def _record(self, *inputs: Tensor) -> Any:
         f = Evaluation(self.function)
         return Recompute.apply(f, len(inputs), *inputs, *f.tensors)
@@ -253,13 +269,6 @@ def check_exact(exact: bool) -> None:
 def check_coupling(coupling: str) -> None:
     if coupling != "revnet":
         raise RevifyError(f"coupling must be 'revnet', got {coupling!r}.")
-
-
-def _take(step: Step, turn: Turn, x: dict[int, Tensor], context: Sequence[Any]) -> Tensor:
-    """The step's turn, in the state x."""
-    p_in = None if step.skip is None else turn.coupling.read(turn.p)
-    r: Tensor = step(turn, p_in, turn.coupling.read(x[3 - step.writes]), *step.of_branch(context))
-    return r
 
 
 def _head(x: Tensor) -> Tensor:

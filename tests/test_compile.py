@@ -1,0 +1,378 @@
+"""`torch.compile` of whole models in training: one graph, the gradients of the eager model, memory flat in depth."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import revify
+from revify import ReconstructionError, ReversibleChain, models
+from revify._draws import Random
+
+pytestmark = [  # the compiler's own, up to PyTorch 2.13
+    pytest.mark.filterwarnings("ignore:.*autograd.*should not be instantiated:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:.*torch.jit.script_method.*:DeprecationWarning"),
+]
+
+Run = Callable[[Callable[..., Any]], Any]
+
+
+@pytest.fixture(autouse=True)
+def _fresh() -> None:
+    torch._dynamo.reset()
+
+
+def compiled(model: nn.Module, backend: str = "aot_eager") -> Callable[..., Any]:
+    return torch.compile(model, fullgraph=True, backend=backend)  # type: ignore[return-value]
+
+
+def branch(width: int = 4, dropout: float = 0.0) -> nn.Module:
+    layers = nn.BatchNorm2d(width), nn.ReLU(inplace=True), nn.Conv2d(width, width, 3, padding=1), nn.Dropout(dropout)
+    return nn.Sequential(*layers)
+
+
+def chain(depth: int = 4, dropout: float = 0.0, exact: bool = False) -> ReversibleChain:
+    return ReversibleChain([branch(dropout=dropout) for _ in range(depth)], exact=exact)
+
+
+def loss(ys: tuple[Tensor, Tensor]) -> Tensor:
+    return ys[0].sin().sum() + ys[1].square().mean()
+
+
+def as_eager(model: nn.Module, run: Run, backend: str = "aot_eager", tolerance: float = 1e-9) -> None:
+    """After ``run`` of the compiled model and of an eager copy: results, gradients and buffers are equal."""
+    eager = copy.deepcopy(model)
+    results = run(compiled(model, backend)), run(eager)
+    torch.testing.assert_close(*results, rtol=tolerance, atol=tolerance)
+    for (name, p), q in zip(model.named_parameters(), eager.parameters(), strict=True):
+        assert (p.grad is None) == (q.grad is None), name
+        torch.testing.assert_close(p.grad, q.grad, rtol=tolerance, atol=tolerance)
+    for b, c in zip(model.buffers(), eager.buffers(), strict=True):
+        torch.testing.assert_close(b, c, rtol=tolerance, atol=tolerance)
+
+
+@pytest.fixture
+def x() -> Tensor:
+    return torch.randn(3, 4, 5, 5, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("exact", [False, True])
+def test_chain(x: Tensor, exact: bool) -> None:
+    def run(m: Callable[..., Any]) -> Tensor:
+        y = x.clone().requires_grad_()
+        loss(m(y, y)).backward()
+        assert y.grad is not None
+        return y.grad
+
+    model = chain(5, exact=exact).double()
+    as_eager(model, run)
+    assert {int(m.num_batches_tracked) for m in model.modules() if isinstance(m, nn.BatchNorm2d)} == {1}
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"entry": "widen", "exit": "concat", "tie_shortcuts": False}, {"exact": True}], ids=str
+)
+def test_network_with_stem_and_transitions(options: dict[str, Any]) -> None:
+    images, labels = torch.randn(4, 3, 16, 16, dtype=torch.float64), torch.tensor([0, 1, 2, 3])
+    model = revify.convert(models.cifar_resnet(14), **options).double()
+
+    def run(m: Callable[..., Any]) -> Tensor:
+        value = F.cross_entropy(m(images), labels)
+        value.backward()
+        return value.detach()
+
+    as_eager(model, run)
+
+
+def test_tokens() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embedding = nn.Embedding(7, 4)
+            layers = (nn.Sequential(nn.LayerNorm(4), nn.Linear(4, 4), nn.GELU()) for _ in range(3))
+            self.layers = nn.ModuleList(layers)
+
+        def forward(self, ids: Tensor) -> Tensor:
+            x: Tensor = self.embedding(ids)
+            for layer in self.layers:
+                x = x + layer(x)
+            return x
+
+    ids = torch.randint(0, 7, (3, 5))
+    as_eager(revify.convert(Net()).double(), lambda m: m(ids).sin().sum().backward())
+
+
+@pytest.mark.parametrize("trained", [(0,), (1, 3), (2,)])
+@pytest.mark.parametrize("input_needs_grad", [False, True])
+def test_frozen_branches(x: Tensor, trained: tuple[int, ...], input_needs_grad: bool) -> None:
+    model = chain(4).double().requires_grad_(False)
+    for i in trained:
+        model.steps[i].requires_grad_(True)
+    model.steps[1].eval()
+
+    def run(m: Callable[..., Any]) -> None:
+        loss(m(x, x.clone().requires_grad_(input_needs_grad))).backward()
+
+    as_eager(model, run)
+
+
+def test_shared_weights(x: Tensor) -> None:
+    shared = branch()
+    shared[1] = shared[3] = nn.ReLU()
+    model = ReversibleChain([shared, branch(), nn.Sequential(shared, shared), shared]).double()
+    as_eager(model, lambda m: loss(m(x, x)).backward())
+
+
+class Attend(nn.Module):
+    def __init__(self, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+        self.attention = nn.MultiheadAttention(4, 2, dropout, batch_first=True)
+
+    def forward(self, x: Tensor, memory: Tensor, scale: float) -> Tensor:
+        y: Tensor = self.linear(x).tanh() * scale + self.attention(x, memory, memory)[0]
+        return y
+
+
+def test_context_that_needs_gradients() -> None:
+    x, memory = (torch.randn(2, n, 4, dtype=torch.float64) for n in (3, 5))
+
+    def run(m: Callable[..., Any]) -> Tensor:
+        source = memory.clone().requires_grad_()
+        loss(m(x, x, source, 0.5)).backward()
+        assert source.grad is not None
+        return source.grad
+
+    as_eager(ReversibleChain([Attend() for _ in range(3)]).double(), run)
+    # one tensor as both streams and context
+    as_eager(
+        ReversibleChain([Attend() for _ in range(3)]).double(),
+        lambda m: loss(m(memory, memory, memory, 2.0)).backward(),
+    )
+
+
+class Counting(nn.Module):
+    """Reads a buffer and changes it afterwards."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(5, 5)
+        self.register_buffer("scale", torch.ones(5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = (self.linear(x) + self.scale).tanh()
+        self.scale.mul_(1.5)
+        return y
+
+
+def test_buffers_that_a_branch_changes(x: Tensor) -> None:
+    as_eager(ReversibleChain([Counting() for _ in range(3)]).double(), lambda m: loss(m(x, x)).backward())
+
+
+def test_autocast() -> None:
+    x = torch.randn(3, 4, 5, 5)
+
+    def run(m: Callable[..., Any]) -> None:
+        with torch.autocast("cpu", torch.bfloat16):
+            value = loss(m(x, x))
+        value.backward()
+
+    as_eager(chain(), run)
+    as_eager(chain().bfloat16(), lambda m: loss(m(x.bfloat16(), x.bfloat16())).backward())
+
+
+def test_train_eval_train(x: Tensor) -> None:
+    def run(m: Any) -> None:
+        for _ in range(2):
+            m.train()
+            loss(m(x, x)).backward()
+            m.eval()
+            loss(m(x, x)).backward()
+            with torch.no_grad():
+                m(x, x)
+
+    as_eager(chain(3).double(), run)
+
+
+def test_inductor(x: Tensor) -> None:
+    """Not bit for bit: it compiles the two evaluations of a branch apart."""
+    as_eager(chain(2, exact=True).double(), lambda m: loss(m(x, x)).backward(), "inductor")
+
+
+# Memory ---------------------------------------------------------------------------------------------------
+
+
+def kept(model: nn.Module, *inputs: Tensor) -> int:
+    torch._dynamo.reset()
+    run = compiled(model)
+    run(*inputs)  # compiled outside of `kept_bytes`, whose hooks cannot be traced
+    return revify.kept_bytes(lambda: run(*inputs), [*inputs, *model.parameters(), *model.buffers()])
+
+
+def test_memory_is_flat_in_depth() -> None:
+    x = torch.randn(16, 4, 12, 12)
+    shallow, deep = (chain(depth, dropout=0.1) for depth in (4, 12))
+    bytes_of_chains = kept(shallow, x, x), kept(deep, x, x)
+    assert bytes_of_chains[0] == bytes_of_chains[1]
+    with revify.store_activations(shallow), revify.store_activations(deep):
+        assert kept(deep, x, x) > 2 * kept(shallow, x, x) > 4 * bytes_of_chains[0]
+
+
+def test_what_a_network_keeps() -> None:
+    """Nothing of the stem and of what transitions compute, although the compiler sees it computed twice."""
+    images = torch.randn(4, 3, 16, 16)
+    model, deeper = (revify.convert(models.cifar_resnet(depth)) for depth in (20, 26))
+    found = kept(model, images)
+    assert kept(deeper, images) == found
+    exclude = [images, *model.parameters(), *model.buffers()]
+    assert found < 1.1 * revify.kept_bytes(lambda: model(images), exclude)
+
+
+# Random numbers -------------------------------------------------------------------------------------------
+
+
+def test_dropout(x: Tensor) -> None:
+    """The backward pass uses the forward's masks: those of the same compiled model by plain autograd."""
+    model = chain(3, dropout=0.4).double()
+    stored = copy.deepcopy(model)
+    torch.manual_seed(7)
+    value = loss(compiled(model)(x, x))
+    value.backward()
+    torch.manual_seed(7)
+    with revify.store_activations(stored):
+        expected = loss(compiled(stored)(x, x))
+        expected.backward()
+    torch.testing.assert_close(value, expected, rtol=1e-9, atol=1e-9)
+    for p, q in zip(model.parameters(), stored.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_gradient_with_dropout_is_that_of_the_masked_function(x: Tensor, backend: str) -> None:
+    """Against finite differences."""
+    run = compiled(chain(2, dropout=0.4).double(), backend)
+
+    def value(x: Tensor) -> Tensor:
+        torch.manual_seed(7)
+        return loss(run(x, x))
+
+    y = x.clone().requires_grad_()
+    value(y).backward()
+    direction, step = torch.randn_like(x), 1e-6
+    assert y.grad is not None
+    difference = (value(y + step * direction) - value(y - step * direction)) / (2 * step)
+    torch.testing.assert_close(difference, (y.grad * direction).sum(), rtol=1e-5, atol=1e-6)
+
+
+class Drops(nn.Module):
+    """Drops elements of ones, in either half of the batch by a call of its own."""
+
+    def __init__(self, drop: nn.Module) -> None:
+        super().__init__()
+        self.drop, self.weight = drop, nn.Parameter(torch.ones(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([self.drop(torch.ones_like(half) * self.weight) for half in x.chunk(2)])
+
+
+def masks(run: Callable[..., Any], shape: tuple[int, ...]) -> list[Tensor]:
+    """What was kept, of each half of each stream."""
+    zero = torch.zeros(shape)
+    return [half != 0 for y in run(zero, zero) for half in y.detach().chunk(2)]
+
+
+def test_the_law_of_dropout() -> None:
+    run = compiled(ReversibleChain([Drops(nn.Dropout(0.25)) for _ in range(2)]))
+    torch.manual_seed(3)
+    first = masks(run, (200, 100))
+    both = [*first, *masks(run, (200, 100))]
+    for i, mask in enumerate(both):
+        assert abs(float(mask.float().mean()) - 0.75) < 0.02
+        for other in both[:i]:  # independent of each other: of layers, steps and calls
+            assert abs(float((mask & other).float().mean()) - 0.75**2) < 0.02
+    torch.manual_seed(3)
+    assert all(torch.equal(a, b) for a, b in zip(masks(run, (200, 100)), first, strict=True))
+
+
+def test_numbers_are_uniform_and_differ() -> None:
+    random = Random(torch.device("cpu"))
+    for dtype in (torch.float32, torch.bfloat16):
+        u, v = random.uniform((200, 200), dtype).double(), random.uniform((200, 200), dtype).double()
+        assert u.min() >= 0
+        assert u.max() < 1
+        assert abs(float(u.mean()) - 0.5) < 0.01
+        counts = torch.histc(u.float(), 16, 0, 1)
+        assert ((counts - 2500).abs() < 250).all()
+        correlated = torch.corrcoef(torch.stack([u.flatten(), v.flatten(), u.roll(1, 1).flatten(), u.T.flatten()]))
+        assert (correlated - torch.eye(4)).abs().max() < 0.03
+
+
+def test_dropout_of_channels_and_of_samples() -> None:
+    from torchvision.ops import StochasticDepth
+
+    for drop, dims in ((nn.Dropout2d(0.5), (2, 3)), (StochasticDepth(0.5, "row"), (1, 2, 3))):
+        torch._dynamo.reset()
+        mask, second, *_ = masks(compiled(ReversibleChain([Drops(drop)])), (24, 8, 3, 3))
+        assert torch.equal(mask.amin(dims), mask.amax(dims))
+        assert not torch.equal(mask, second)
+        assert 0 < mask.float().mean() < 1
+
+
+class Noise(nn.Module):
+    def __init__(self, noise: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.linear, self.noise = nn.Linear(4, 4), noise
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x) * self.noise(x)  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize(
+    "noise", [lambda x: torch.rand(x.shape, dtype=x.dtype), lambda x: torch.bernoulli(torch.full_like(x, 0.5))]
+)
+def test_other_numbers_that_can_be_repeated(noise: Callable[[Tensor], Tensor]) -> None:
+    x = torch.randn(3, 4, dtype=torch.float64)
+    loss(compiled(ReversibleChain([Noise(noise) for _ in range(3)], exact=True).double())(x, x)).backward()
+
+
+@pytest.mark.parametrize(
+    ("noise", "name"),
+    [
+        (lambda x: torch.randn(x.shape), "randn"),
+        (lambda x: F.alpha_dropout(x, 0.5, True), "alpha_dropout"),
+        (lambda x: F.scaled_dot_product_attention(x, x, x, dropout_p=0.5), "scaled_dot_product_attention"),
+    ],
+)
+def test_what_cannot_be_repeated_is_refused(noise: Callable[[Tensor], Tensor], name: str) -> None:
+    x = torch.randn(2, 3, 4)
+    with pytest.raises(torch._dynamo.exc.Unsupported, match=rf"branch 0: {name} draws random numbers"):
+        compiled(ReversibleChain([Noise(noise)]))(x, x)
+
+
+def test_the_guard_finds_numbers_that_are_not_seen() -> None:
+    x = torch.randn(3, 4)
+    with pytest.raises(ReconstructionError, match="did not reconstruct"):
+        loss(compiled(ReversibleChain([Noise(torch.rand_like) for _ in range(2)], exact=True))(x, x)).backward()
+    torch._dynamo.reset()
+    value = loss(compiled(ReversibleChain([Noise(torch.rand_like) for _ in range(2)]))(x, x))
+    with pytest.warns(RuntimeWarning, match="not to be relied on"):
+        value.backward()
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")  # Dynamo's own
+def test_without_fullgraph_a_refused_chain_runs_in_eager_mode() -> None:
+    x, memory = torch.randn(2, 3, 4), torch.randn(2, 5, 4)
+    model = ReversibleChain([Attend(dropout=0.3) for _ in range(2)], exact=True)
+    eager = copy.deepcopy(model)
+    for m, run in ((model, torch.compile(model, backend="aot_eager")), (eager, eager)):
+        torch.manual_seed(5)
+        loss(run(x, x, memory, 1.0)).backward()
+        assert m is model or m is eager
+    for p, q in zip(model.parameters(), eager.parameters(), strict=True):
+        assert torch.equal(p.grad, q.grad)  # type: ignore[arg-type]
