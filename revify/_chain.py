@@ -16,6 +16,10 @@ from revify._function import Enter, Leave, Recompute, Update, check_branch
 from revify._guard import Guard
 from revify._replay import Evaluation, casts_not_shared
 
+_in_eager_mode = torch.compiler.disable(
+    reason="`_compiled` has the compiler's way; where that is refused, the eager one is left alone"
+)
+
 
 class Turn:
     """What a step is given besides the tensors that it reads. A class of its own and no tuple or dataclass, so that it
@@ -67,10 +71,16 @@ class Step(nn.Module):
             skip, f = _evaluation(self.skip), _evaluation(self.branch)
             tensors = [*(x for x in context if isinstance(x, Tensor)), *_tensors(skip), *_tensors(f)]
             streams = turn.p, p_in, q_in, *turn.shadows
-            r, *shadows = Update.apply(self.name, turn.coupling, skip, f, turn.keep, context, *streams, *tensors)
-            turn.shadows = shadows[1], shadows[0]
-            return r  # type: ignore[no-any-return]
-        r = turn.p if self.skip is None or p_in is None else turn.coupling.enter(self.skip(_head(p_in)))
+            updated: tuple[Tensor, Tensor, Tensor] = Update.apply(
+                self.name, turn.coupling, skip, f, turn.keep, context, *streams, *tensors
+            )
+            r, q_shadow, r_shadow = updated
+            turn.shadows = r_shadow, q_shadow
+            return r
+        r = turn.p
+        if self.skip is not None:
+            assert p_in is not None
+            r = turn.coupling.enter(self.skip(_head(p_in)))
         if self.branch is None:
             return r
         a = self.branch(_head(q_in), *context)
@@ -176,9 +186,7 @@ class ReversibleChain(nn.Module):
             y1, y2 = x[1], x[2]
         return coupling.read(y1), coupling.read(y2)
 
-    @torch.compiler.disable(
-        reason="`_compiled` has the compiler's way; where that is refused, the eager one is left alone"
-    )
+    @_in_eager_mode
     def _record(self, coupling: Coupling, x1: Tensor, x2: Tensor, context: Sequence[Any]) -> tuple[Tensor, Tensor]:
         """The updates, for a backward pass to follow."""
         anchor = next((v for v in (x1, x2, *context) if isinstance(v, Tensor) and v.requires_grad), None)
@@ -234,9 +242,7 @@ class Recomputed(nn.Module):
             return _compiled.recompute(self.function, *inputs)
         return self._record(*inputs)
 
-    @torch.compiler.disable(
-        reason="`_compiled` has the compiler's way; where that is refused, the eager one is left alone"
-    )
+    @_in_eager_mode
     def _record(self, *inputs: Tensor) -> Any:
         f = Evaluation(self.function)
         return Recompute.apply(f, len(inputs), *inputs, *f.tensors)

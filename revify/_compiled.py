@@ -28,10 +28,10 @@ from torch.nn.utils.stateless import _reparametrize_module
 
 from revify._coupling import Coupling
 from revify._draws import Random, Repeatable
-from revify._function import check_branch
+from revify._function import Enter, check_branch, shadow_of
 from revify._opaque import after, check, copied, samples
 from revify._region import Region
-from revify._replay import _BATCH_STATISTICS
+from revify._replay import BATCH_STATISTICS, run_on
 
 if TYPE_CHECKING:
     from revify._chain import ReversibleChain
@@ -54,7 +54,7 @@ def run_chain(
                 step.take(coupling, x, {}, context)
             continue
         if not shadow:
-            shadow[1], shadow[2] = _Enter.apply(*_distinct([x[1], x[2], anchor]))
+            shadow[1], shadow[2] = Enter.apply(*_distinct([anchor, x[1], x[2]]))
         skip = f = None
         if step.skip is not None:
             skip = _Evaluation(step.name, step.skip, random, coupling.read(x[p]), ())
@@ -79,18 +79,6 @@ def recompute(function: nn.Module, *inputs: Tensor) -> Tensor:
     f = _Evaluation("the stem", function, random, inputs[0], inputs[1:])
     output: Tensor = _Recompute.apply(f, *_distinct([f.output, inputs[0], *f.tensors]))
     return output
-
-
-class _Enter(torch.autograd.Function):
-    """The shadows of the state (see `_function`, note 1)."""
-
-    @staticmethod
-    def forward(ctx: Any, x1: Tensor, x2: Tensor, anchor: Tensor) -> tuple[Tensor, Tensor]:
-        return _shadow(x1), _shadow(x2)
-
-    @staticmethod
-    def backward(ctx: Any, x1: Tensor, x2: Tensor) -> tuple[None, None, None]:
-        return None, None, None
 
 
 class _Leave(torch.autograd.Function):
@@ -139,7 +127,7 @@ class _UpdateFunction(torch.autograd.Function):
         *tensors: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:
         coupling = update.coupling
-        ctx.update, ctx.keeps = update, s is not None
+        ctx.update = update
         ctx.save_for_backward(*([] if s is None else [p]), *tensors)
         r = p if s is None else coupling.enter(s)
         if a is not None:
@@ -147,7 +135,7 @@ class _UpdateFunction(torch.autograd.Function):
             r = coupling.couple(r, a)
         else:
             r = r.clone()
-        return r, _shadow(q), _shadow(r)
+        return r, shadow_of(q), shadow_of(r)
 
     @staticmethod
     def backward(ctx: Any, dr: Tensor, q: Tensor, r: Tensor) -> tuple[Any, ...]:
@@ -199,10 +187,6 @@ class _Recompute(torch.autograd.Function):
         return (None, None, *pull(dy))
 
 
-def _shadow(x: Tensor) -> Tensor:
-    return x.new_zeros(()).expand(x.shape)
-
-
 def _distinct(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
     """Aliases in the place of repetitions: Dynamo accepts a tensor but once among the arguments of a function."""
     seen: list[Tensor] = []
@@ -239,7 +223,7 @@ class _Evaluation:
             for name, parameter in operand.named_parameters():
                 self._add(i, name, parameter)
             for name, module, buffer in _buffers_in_training(operand):
-                if type(module) not in _BATCH_STATISTICS:
+                if type(module) not in BATCH_STATISTICS:
                     copy, zero = copied(buffer, x.detach())
                     self._add(i, name, copy)
                     x = x + zero
@@ -247,7 +231,7 @@ class _Evaluation:
         self.autocast = _autocast_state(x.device.type)
         self.first_call = random.calls
         with torch.no_grad(), _autocast(self.autocast), Repeatable(random, where):
-            self.output = self._run(self.operands, x, *context)
+            self.output = run_on(self.function, self.operands, (x, *context))
         self.draws = random.calls > self.first_call
         if self.draws and random.seed is not None:
             self.tensors.append(random.seed)
@@ -256,11 +240,6 @@ class _Evaluation:
     def _add(self, operand: int, name: str, tensor: Tensor) -> None:
         self.places.append((operand, name))
         self.tensors.append(tensor)
-
-    def _run(self, operands: list[Any], *inputs: Any) -> Any:
-        if isinstance(self.function, Region):
-            return self.function.run(operands, *inputs)
-        return operands[0](*inputs)
 
     def again(self, x: Tensor, tensors: Sequence[Tensor]) -> tuple[Tensor, Any]:
         """The output, and a function from its gradient to those of x and the tensors."""
@@ -307,14 +286,14 @@ class _Evaluation:
             if isinstance(operand, nn.Module):
                 for name, module, buffer in _buffers_in_training(operand):
                     # of batch norms only their place is needed, which costs no memory
-                    if type(module) in _BATCH_STATISTICS:
+                    if type(module) in BATCH_STATISTICS:
                         stand_in[name] = torch.zeros(buffer.shape, dtype=buffer.dtype, device=buffer.device)
                     else:
                         stand_in[name] = stand_in[name].clone()
 
         def run(i: int) -> Any:
             if i == len(operands):
-                return self._run(operands, x, *context)
+                return run_on(self.function, operands, (x, *context))
             if not stand_ins[i]:
                 return run(i + 1)
             with _reparametrize_module(operands[i], stand_ins[i], tie_weights=True, stack_weights=True):

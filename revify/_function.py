@@ -40,7 +40,7 @@ class Enter(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, anchor: Tensor, x1: Tensor, x2: Tensor) -> tuple[Tensor, Tensor]:
-        return _shadow(x1), _shadow(x2)
+        return shadow_of(x1), shadow_of(x2)
 
     @staticmethod
     def backward(ctx: Any, x1: Tensor, x2: Tensor) -> tuple[None, None, None]:
@@ -100,7 +100,7 @@ class Update(torch.autograd.Function):
         outputs = f.tape.take_outputs() if f else []
         ctx.n_outputs = len(outputs)
         ctx.save_for_backward(p if skip else None, *outputs, *tensors)
-        return r, q_shadow.view_as(q_shadow), _shadow(r)
+        return r, q_shadow.view_as(q_shadow), shadow_of(r)
 
     @staticmethod
     def backward(ctx: Any, dr: Tensor | None, q: Tensor, r: Tensor) -> tuple[Any, ...]:
@@ -195,7 +195,8 @@ def _with_strides(x: Tensor, strides: tuple[int, ...]) -> Tensor:
     return torch.empty_strided(x.shape, strides, dtype=x.dtype, device=x.device).copy_(x)
 
 
-def _shadow(x: Tensor) -> Tensor:
+def shadow_of(x: Tensor) -> Tensor:
+    """A tensor of the shape of x without memory of its own (note 1)."""
     return x.new_zeros(()).expand(x.shape)
 
 

@@ -38,7 +38,7 @@ def is_replaying() -> bool:
 
 
 # In training their output depends on the batch alone.
-_BATCH_STATISTICS = (
+BATCH_STATISTICS = (
     nn.BatchNorm1d,
     nn.BatchNorm2d,
     nn.BatchNorm3d,
@@ -94,7 +94,7 @@ class Evaluation:
         self.autocast = _autocast_state(device)
         recording = Recording(keep) if keep or self._has_statistics(inputs[0]) else None
         with _autocast(self.autocast), recording or nullcontext():
-            output = _run(self.function, self.operands, inputs)
+            output = run_on(self.function, self.operands, inputs)
         if recording is not None:
             self.tape = recording.tape()
         # What did not change need not be kept: `again` copies the live buffer.
@@ -129,12 +129,12 @@ class Evaluation:
         ]
         replaying = Replaying(self.tape.with_outputs(outputs)) if self.tape.entries else nullcontext()
         with _replaying(), _random(self.random), _autocast(self.autocast), replaying:
-            return _run(self.function, operands, inputs)
+            return run_on(self.function, operands, inputs)
 
     @staticmethod
     def _changing_buffers(module: nn.Module) -> dict[str, tuple[Tensor, Tensor]]:
         """Name to (live buffer, copy), for the buffers that an evaluation may change and may depend on."""
-        if not module.training or type(module) in _BATCH_STATISTICS:
+        if not module.training or type(module) in BATCH_STATISTICS:
             return {}
         return {name: (b, b.clone()) for name, b in module._buffers.items() if b is not None}
 
@@ -157,7 +157,7 @@ class Evaluation:
 
     def _buffers_before(self, position: int) -> dict[str, Tensor | None]:
         module, kept = self.modules[position], self.buffers[position]
-        if type(module) in _BATCH_STATISTICS:
+        if type(module) in BATCH_STATISTICS:
             return dict.fromkeys(module._buffers)
         return {
             name: (kept[name][1] if name in kept else buffer).clone() if buffer is not None else None
@@ -165,7 +165,7 @@ class Evaluation:
         }
 
 
-def _run(function: nn.Module, operands: Sequence[nn.Module | Tensor], inputs: Sequence[Any]) -> Any:
+def run_on(function: nn.Module, operands: Sequence[nn.Module | Tensor], inputs: Sequence[Any]) -> Any:
     if isinstance(function, Region):
         return function.run(list(operands), *inputs)
     module = operands[0]

@@ -2,8 +2,8 @@
 
 1. *Statistics.* In training a batch norm computes the mean and the variance of its input; the second evaluation
    takes them from the first. That is two numbers a channel, as many as the running statistics have.
-2. *Outputs.* A plan (`_budget`) may have the outputs of dear operations (convolutions, matrix products, attention)
-   kept. Everything between them is cheap to compute again.
+2. *Outputs* of dear operations (convolutions, matrix products, attention), those that the caller names. Everything
+   between them is cheap to compute again.
 
 Both work below autograd, where operations are calls of ``aten``: a taped output takes the place of the computation,
 and autograd records the operation, and differentiates it, as ever. The operations that count here are numbered in

@@ -68,9 +68,8 @@ def main(case: str, rank: int, file: str) -> None:
     torch.manual_seed(0)
     model = ByHand() if case in FSDP else revify.convert(Net())
     single = copy.deepcopy(model)
-    if (
-        case == "fsdp-mixed-precision"
-    ):  # rounded weights give other gradients than whole ones: the same, sharded, stored
+    # Rounded weights give other gradients than whole ones, so the same is compared, sharded alike, stored.
+    if case == "fsdp-mixed-precision":
         sharded(single, case)
         single.chain.stores_activations = True  # type: ignore[union-attr]
     x = torch.randn(8, 3, 6, 6)

@@ -370,9 +370,8 @@ def test_without_fullgraph_a_refused_chain_runs_in_eager_mode() -> None:
     x, memory = torch.randn(2, 3, 4), torch.randn(2, 5, 4)
     model = ReversibleChain([Attend(dropout=0.3) for _ in range(2)], exact=True)
     eager = copy.deepcopy(model)
-    for m, run in ((model, torch.compile(model, backend="aot_eager")), (eager, eager)):
+    for run in (torch.compile(model, backend="aot_eager"), eager):
         torch.manual_seed(5)
         loss(run(x, x, memory, 1.0)).backward()
-        assert m is model or m is eager
     for p, q in zip(model.parameters(), eager.parameters(), strict=True):
         assert torch.equal(p.grad, q.grad)  # type: ignore[arg-type]

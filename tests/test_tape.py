@@ -41,7 +41,7 @@ def test_an_output_that_is_overwritten_is_not_kept() -> None:
     assert outputs == 1
 
 
-def test_kept_outputs_are_not_computed_again(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_kept_outputs_are_not_computed_again() -> None:
     branch = nn.Conv2d(4, 4, 1)
     f = Evaluation(branch)
     x = torch.randn(2, 4, 5, 5)

@@ -91,7 +91,7 @@ def stale_weight(monkeypatch: pytest.MonkeyPatch) -> None:
 def statistics_twice(monkeypatch: pytest.MonkeyPatch) -> None:
     """The second evaluation runs on the modules themselves."""
     monkeypatch.setattr(
-        _replay.Evaluation, "again", lambda self, tensors, *x, **kept: _replay._run(self.function, self.operands, x)
+        _replay.Evaluation, "again", lambda self, tensors, *x, **kept: _replay.run_on(self.function, self.operands, x)
     )
 
 
