@@ -191,7 +191,7 @@ class ReversibleChain(nn.Module):
         """The updates, for a backward pass to follow."""
         anchor = next((v for v in (x1, x2, *context) if isinstance(v, Tensor) and v.requires_grad), None)
         if x1 is x2:
-            x2 = x1.view_as(x1)  # their gradients add up at the entry, as two streams' do
+            x2 = x1.expand_as(x1)  # their gradients add up at the entry, as two streams' do
         x = {1: coupling.enter(x1), 2: coupling.enter(x2)}
         shadow: dict[int, Tensor] = {}
         for step in self.steps:
@@ -280,7 +280,7 @@ def check_coupling(coupling: str) -> None:
 def _head(x: Tensor) -> Tensor:
     """The start of a branch in a recorded graph: the gradients of the branch's reads of x add up here first, as they
     do where the branch is evaluated again on its own."""
-    return x.view_as(x) if x.requires_grad and torch.is_grad_enabled() else x
+    return x.expand_as(x) if x.requires_grad and torch.is_grad_enabled() else x
 
 
 def _evaluation(module: nn.Module | None) -> Evaluation | None:

@@ -41,7 +41,7 @@ def run_chain(
     chain: ReversibleChain, coupling: Coupling, x1: Tensor, x2: Tensor, context: Sequence[Any]
 ) -> tuple[Tensor, Tensor]:
     """The updates of a chain in training."""
-    x = {1: coupling.enter(x1), 2: coupling.enter(x1.view_as(x1) if x1 is x2 else x2)}
+    x = {1: coupling.enter(x1), 2: coupling.enter(x1.expand_as(x1) if x1 is x2 else x2)}
     shadow: dict[int, Tensor] = {}
     random = Random(x1.device)
     anchor = next((v for v in (x1, x2, *context) if isinstance(v, Tensor) and v.requires_grad), None)
@@ -193,7 +193,7 @@ def _distinct(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
     found: list[Tensor | None] = []
     for x in tensors:
         if x is not None:
-            x = x.view_as(x) if any(x is other for other in seen) else x
+            x = x.expand_as(x) if any(x is other for other in seen) else x
             seen.append(x)
         found.append(x)
     return found

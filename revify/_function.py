@@ -53,7 +53,7 @@ class Leave(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, p: Tensor, q: Tensor, p_shadow: Tensor, q_shadow: Tensor) -> tuple[Tensor, Tensor]:
         ctx.set_materialize_grads(False)
-        outputs = p.view_as(p), q.view_as(q)
+        outputs = p.expand_as(p), q.expand_as(q)
         ctx.save_for_backward(*outputs)  # outputs, so that a second derivative by the state comes through here too
         return outputs
 
@@ -100,7 +100,7 @@ class Update(torch.autograd.Function):
         outputs = f.tape.take_outputs() if f else []
         ctx.n_outputs = len(outputs)
         ctx.save_for_backward(p if skip else None, *outputs, *tensors)
-        return r, q_shadow.view_as(q_shadow), shadow_of(r)
+        return r, q_shadow.expand_as(q_shadow), shadow_of(r)
 
     @staticmethod
     def backward(ctx: Any, dr: Tensor | None, q: Tensor, r: Tensor) -> tuple[Any, ...]:
@@ -162,7 +162,7 @@ def _replay(
     """``y = f(*inputs)`` evaluated again, detached, with the gradients of inputs and tensors. ``outputs`` were kept."""
     create_graph = torch.is_grad_enabled()
     if create_graph:  # aliases, so that the derivatives are those of f alone, and not of what its input came from
-        inputs, tensors = ([x.view_as(x) for x in given] for given in (inputs, tensors))
+        inputs, tensors = ([x.expand_as(x) for x in given] for given in (inputs, tensors))
     else:
         inputs = [x.detach().requires_grad_(need) for x, need in zip(inputs, need_inputs, strict=True)]
         tensors = [_leaf(w, need) for w, need in zip(tensors, need_tensors, strict=True)]

@@ -126,7 +126,7 @@ class _Compare(torch.autograd.Function):
         x1, x2, shadow1, shadow2 = tensors
         ctx.states, ctx.name = states, name
         ctx.expected = x1.detach().clone(), x2.detach().clone()
-        return shadow1.view_as(shadow1), shadow2.view_as(shadow2)
+        return shadow1.expand_as(shadow1), shadow2.expand_as(shadow2)
 
     @staticmethod
     def backward(ctx: Any, x1: Tensor, x2: Tensor) -> tuple[Any, ...]:
