@@ -10,11 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from revify import _compiled
+from revify._budget import Budget, Cost, Output, Planner, check_memory_budget
 from revify._coupling import Coupling
 from revify._errors import RevifyError
 from revify._function import Enter, Leave, Recompute, Update, check_branch
 from revify._guard import Guard
-from revify._replay import Evaluation, casts_not_shared
+from revify._profile import measure
+from revify._replay import Evaluation, autocast_state, casts_not_shared, random_state_kept
 
 _in_eager_mode = torch.compiler.disable(
     reason="`_compiled` has the compiler's way; where that is refused, the eager one is left alone"
@@ -31,7 +33,10 @@ class Turn:
         p: the value of the stream that is replaced.
         shadows: of the replaced and of the other stream, before the update, then after it; None: no reversible pass.
         keep: the operations of the branch whose outputs to keep, by number.
+        measures: whether to find out the update's cost, which becomes ``cost``, and to leave no other trace.
     """
+
+    cost: Cost
 
     def __init__(
         self,
@@ -39,8 +44,9 @@ class Turn:
         p: Tensor,
         shadows: tuple[Tensor, Tensor] | None = None,
         keep: Collection[int] = (),
+        measures: bool = False,
     ) -> None:
-        self.coupling, self.p, self.shadows, self.keep = coupling, p, shadows, keep
+        self.coupling, self.p, self.shadows, self.keep, self.measures = coupling, p, shadows, keep, measures
 
 
 class Step(nn.Module):
@@ -77,6 +83,8 @@ class Step(nn.Module):
             r, q_shadow, r_shadow = updated
             turn.shadows = r_shadow, q_shadow
             return r
+        if turn.measures:
+            return self._measured(turn, p_in, q_in, context)
         r = turn.p
         if self.skip is not None:
             assert p_in is not None
@@ -87,15 +95,38 @@ class Step(nn.Module):
         check_branch(self.name, r, a)
         return turn.coupling.couple(r, a)
 
-    def take(self, coupling: Coupling, x: dict[int, Tensor], shadow: dict[int, Tensor], context: Sequence[Any]) -> None:
+    def _measured(self, turn: Turn, p_in: Tensor | None, q_in: Tensor, context: Sequence[Any]) -> Tensor:
+        r, work, stored, flat = turn.p, 0.0, 0, 0
+        outputs: tuple[Output, ...] = ()
+        if self.skip is not None:
+            assert p_in is not None
+            s, work, stored, _ = measure(self.skip, p_in)
+            r, flat = turn.coupling.enter(s), turn.p.nbytes
+        if self.branch is not None:
+            a, f_work, f_stored, outputs = measure(self.branch, q_in, *context)
+            r, work, stored = turn.coupling.couple(r, a), work + f_work, stored + f_stored
+        state = r.nbytes + q_in.numel() * r.element_size()
+        turn.cost = Cost(work, stored, flat, state, outputs)
+        return r
+
+    def take(
+        self,
+        coupling: Coupling,
+        x: dict[int, Tensor],
+        shadow: dict[int, Tensor],
+        context: Sequence[Any],
+        keep: Collection[int] = (),
+        measures: bool = False,
+    ) -> Turn:
         """The step's turn: updates the state ``x`` and its shadows (none: no reversible pass). ``context`` are the
         chain's context inputs."""
         p, q = self.writes, 3 - self.writes
-        turn = Turn(coupling, x[p], (shadow[p], shadow[q]) if shadow else None)
+        turn = Turn(coupling, x[p], (shadow[p], shadow[q]) if shadow else None, keep, measures)
         p_in = None if self.skip is None else coupling.read(x[p])
         x[p] = self(turn, p_in, coupling.read(x[q]), *self.of_branch(context))
         if turn.shadows is not None:
             shadow[p], shadow[q] = turn.shadows
+        return turn
 
     def anchor(self) -> Tensor | None:
         """A parameter of the step that requires grad, if any does."""
@@ -134,6 +165,9 @@ class ReversibleChain(nn.Module):
             what each branch returns are rounded. The reconstruction is then exact, bit for bit, as long as the state
             is less than 2,048 (1,024) in magnitude, and a checksum watches over it. Otherwise it is exact but for
             rounding errors; samples of the state are compared, and a warning says where they are large.
+        memory_budget: what the chain may keep of its activations, as a fraction (0 to 1) of what plain autograd keeps
+            or in bytes; None keeps the least. It is spent where it saves most time. The first step of each input
+            shape evaluates the branches once more, to measure what they keep.
 
     Raises:
         RevifyError: no branches, or one that is not a module; at run time, a branch that changes the shape.
@@ -144,10 +178,18 @@ class ReversibleChain(nn.Module):
 
     guard: Callable[..., Any] = staticmethod(Guard.apply)
 
-    def __init__(self, branches: Iterable[nn.Module], *, coupling: str = "revnet", exact: bool = False) -> None:
+    def __init__(
+        self,
+        branches: Iterable[nn.Module],
+        *,
+        coupling: str = "revnet",
+        exact: bool = False,
+        memory_budget: float | None = None,
+    ) -> None:
         super().__init__()
         check_coupling(coupling)
         check_exact(exact)
+        check_memory_budget(memory_budget)
         branches = list(branches)
         if not branches:
             raise RevifyError("branches is empty: a reversible chain needs at least one branch.")
@@ -155,18 +197,19 @@ class ReversibleChain(nn.Module):
             if not isinstance(branch, nn.Module):
                 raise RevifyError(f"branches[{i}] must be a torch.nn.Module, got {type(branch).__name__}.")
         steps = [Step(f"branch {i}", 1 + i % 2, branch) for i, branch in enumerate(branches)]
-        self._set("reversible chain", steps, exact)
+        self._set("reversible chain", steps, exact, None if memory_budget is None else Budget(memory_budget))
 
     @classmethod
-    def from_steps(cls, name: str, steps: Iterable[Step], exact: bool) -> ReversibleChain:
+    def from_steps(cls, name: str, steps: Iterable[Step], exact: bool, budget: Budget | None) -> ReversibleChain:
         """A chain of given steps, transitions among them."""
         chain = cls.__new__(cls)
         nn.Module.__init__(chain)
-        chain._set(name, steps, exact)
+        chain._set(name, steps, exact, budget)
         return chain
 
-    def _set(self, name: str, steps: Iterable[Step], exact: bool) -> None:
+    def _set(self, name: str, steps: Iterable[Step], exact: bool, budget: Budget | None) -> None:
         self.name, self.exact = name, exact
+        self.planner = None if budget is None else Planner(budget)
         self.steps: Sequence[Step] = nn.ModuleList(steps)  # type: ignore[assignment]
         self.stores_activations = False
 
@@ -194,14 +237,19 @@ class ReversibleChain(nn.Module):
             x2 = x1.expand_as(x1)  # their gradients add up at the entry, as two streams' do
         x = {1: coupling.enter(x1), 2: coupling.enter(x2)}
         shadow: dict[int, Tensor] = {}
-        for step in self.steps:
-            if not self.stores_activations and not shadow:
+        keep = self._keep(coupling, x, context)
+        for i, step in enumerate(self.steps):
+            inverts = i < len(keep)
+            if inverts and not shadow:
                 # What lies ahead of the first step that needs a gradient need not be reconstructed.
                 anchor = step.anchor() if anchor is None else anchor
                 if anchor is not None:
                     shadow[1], shadow[2] = self._guarded(step, x, Enter.apply(anchor, x[1], x[2]))
+            if shadow and not inverts:
+                x[1], x[2] = Leave.apply(x[1], x[2], shadow[1], shadow[2])
+                shadow.clear()
             if shadow:
-                step.take(coupling, x, shadow, context)
+                step.take(coupling, x, shadow, context, keep[i])
                 if step.ends_transition:
                     shadow[1], shadow[2] = self._guarded(step, x, (shadow[1], shadow[2]))
             else:
@@ -210,6 +258,31 @@ class ReversibleChain(nn.Module):
         if shadow:
             x[1], x[2] = Leave.apply(x[1], x[2], shadow[1], shadow[2])
         return x[1], x[2]
+
+    def _keep(self, coupling: Coupling, x: dict[int, Tensor], context: Sequence[Any]) -> Sequence[Collection[int]]:
+        """For each step that is to be inverted, the operations whose outputs to keep; the steps after these are
+        stored."""
+        if self.stores_activations:
+            return ()
+        if self.planner is None or not x[1].numel():
+            return [()] * len(self.steps)
+        inputs = (x[1], x[2], *(v for v in context if isinstance(v, Tensor)))
+        kind = tuple((v.shape[1:], v.dtype) for v in inputs), str(autocast_state(x[1].device))
+        return self.planner.choice(kind, x[1].numel(), lambda: self._costs(coupling, x, context)).keep
+
+    def inverted_when_compiled(self) -> int:
+        """How many steps are inverted in a graph of `torch.compile`. Nothing is measured there: the updates count alike,
+        and none keeps a part of its outputs."""
+        if self.stores_activations:
+            return 0
+        stored = 0.0 if self.planner is None else min(1.0, self.planner.budget.fraction())
+        return len(self.steps) - int(stored * len(self.steps))
+
+    def _costs(self, coupling: Coupling, x: dict[int, Tensor], context: Sequence[Any]) -> list[Cost]:
+        """What each step costs."""
+        state = dict(x)
+        with torch.no_grad(), random_state_kept(x[1].device):
+            return [step.take(coupling, state, {}, context, measures=True).cost for step in self.steps]
 
     def _guarded(self, step: Step, x: dict[int, Tensor], shadows: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         """The shadows of the state x, watched over."""
@@ -228,15 +301,17 @@ class ReversibleChain(nn.Module):
 
 
 class Recomputed(nn.Module):
-    """Runs ``function`` so that it keeps its inputs alone for the backward pass, and is evaluated again there."""
+    """Runs ``function`` so that it keeps its inputs alone for the backward pass, and is evaluated again there. With a
+    budget of all that plain autograd keeps it is plain autograd."""
 
-    def __init__(self, function: nn.Module) -> None:
+    def __init__(self, function: nn.Module, budget: Budget | None = None) -> None:
         super().__init__()
-        self.function = function
+        self.function, self.budget = function, budget
         self.stores_activations = False
 
     def forward(self, *inputs: Tensor) -> Any:
-        if not (self.training and torch.is_grad_enabled()) or self.stores_activations:
+        stores = self.stores_activations or (self.budget is not None and self.budget.fraction() >= 1)
+        if not (self.training and torch.is_grad_enabled()) or stores:
             return self.function(*inputs)
         if torch.compiler.is_compiling():
             return _compiled.recompute(self.function, *inputs)

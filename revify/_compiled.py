@@ -46,10 +46,14 @@ def run_chain(
     random = Random(x1.device)
     anchor = next((v for v in (x1, x2, *context) if isinstance(v, Tensor) and v.requires_grad), None)
     guarded = True
-    for step in chain.steps:
+    inverted = chain.inverted_when_compiled()
+    for i, step in enumerate(chain.steps):
         p, q = step.writes, 3 - step.writes
         anchor = step.anchor() if anchor is None else anchor
-        if chain.stores_activations or anchor is None:
+        if shadow and i == inverted:
+            x[1], x[2] = _Leave.apply(x[1], x[2], shadow[1], shadow[2])
+            shadow.clear()
+        if i >= inverted or anchor is None:
             with Repeatable(random, None):  # the same masks, so that the two ways can be compared
                 step.take(coupling, x, {}, context)
             continue

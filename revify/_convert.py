@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import fx, nn
 
+from revify._budget import check_memory_budget
 from revify._chain import ReversibleChain, check_coupling, check_exact
 from revify._chains import find_chains
 from revify._errors import NotConvertibleError, RevifyError
@@ -27,6 +28,7 @@ def convert(
     exit: str = "mean",
     tie_shortcuts: bool = True,
     exact: bool = False,
+    memory_budget: float | None = None,
     strict: bool = False,
 ) -> nn.Module:
     """Returns the reversible form of a residual network; ``model`` is left as it was.
@@ -48,20 +50,23 @@ def convert(
             a copy of its own, under ``stream2``.
         exact: whether the state runs on a grid, so that the backward pass reconstructs it bit for bit and checks
             that it did; see `ReversibleChain`.
+        memory_budget: what the chains may keep of their activations, as a fraction (0 to 1) of what plain autograd
+            keeps or in bytes, together; None keeps the least. It is spent where it saves most time; `report` says how,
+            after the first training step.
         strict: refuse the whole model where any unit is refused.
 
     Raises:
         NotConvertibleError: no unit can be converted, or, with ``strict``, not every one; lists each reason.
         RevifyError: an argument is not as it must be.
     """
-    _check_options(coupling, entry, exit, tie_shortcuts, exact, strict)
+    _check_options(coupling, entry, exit, tie_shortcuts, exact, memory_budget, strict)
     analysis = _analyse(model, example_inputs, entry=entry, exit=exit, tie_shortcuts=tie_shortcuts)
     report = analysis.report
     if not report.chains:
         raise NotConvertibleError(_listing(f"{report.model} has nothing that can be converted", report.refusals))
     if strict and report.refusals:
         raise NotConvertibleError(_listing(f"{report.model} cannot be converted completely", report.refusals))
-    return rewrite(analysis.graph, analysis.root, analysis.plan, report, exact)
+    return rewrite(analysis.graph, analysis.root, analysis.plan, report, exact, memory_budget)
 
 
 def explain(
@@ -73,6 +78,7 @@ def explain(
     exit: str = "mean",
     tie_shortcuts: bool = True,
     exact: bool = False,
+    memory_budget: float | None = None,
     strict: bool = False,
 ) -> Report:
     """What `convert` with the same arguments would do, as a `Report`; converts nothing. A model that cannot be
@@ -81,7 +87,7 @@ def explain(
     Raises:
         RevifyError: an argument is not as it must be.
     """
-    _check_options(coupling, entry, exit, tie_shortcuts, exact, strict)
+    _check_options(coupling, entry, exit, tie_shortcuts, exact, memory_budget, strict)
     try:
         return _analyse(model, example_inputs, entry=entry, exit=exit, tie_shortcuts=tie_shortcuts).report
     except NotConvertibleError as error:
@@ -100,7 +106,10 @@ def report(model: nn.Module) -> Report:
             f"model must be a model that convert returned, got {type(model).__name__}. "
             "For a model that is not converted, use explain."
         )
-    return model.revify_report
+    made = model.revify_report
+    planners = {m.name: m.planner for m in model.modules() if isinstance(m, ReversibleChain)}
+    choices = {name: planner.last for name, planner in planners.items() if planner is not None}
+    return replace(made, chains=tuple(replace(c, choice=choices.get(c.name)) for c in made.chains))
 
 
 @dataclass(frozen=True)
@@ -178,9 +187,18 @@ def _listing(head: str, refusals: tuple[Refusal, ...]) -> str:
     return "\n".join([head + ":", *(f"  - {refusal}" for refusal in refusals)])
 
 
-def _check_options(coupling: str, entry: str, exit: str, tie_shortcuts: bool, exact: bool, strict: bool) -> None:
+def _check_options(
+    coupling: str,
+    entry: str,
+    exit: str,
+    tie_shortcuts: bool,
+    exact: bool,
+    memory_budget: float | None,
+    strict: bool,
+) -> None:
     check_coupling(coupling)
     check_exact(exact)
+    check_memory_budget(memory_budget)
     if entry not in ("duplicate", "widen"):
         raise RevifyError(f"entry must be 'duplicate' or 'widen', got {entry!r}.")
     if exit not in ("mean", "concat"):

@@ -91,7 +91,7 @@ class Evaluation:
         self.buffers = [self._changing_buffers(m) for m in self.modules]
         versions = [{name: live._version for name, (live, _) in kept.items()} for kept in self.buffers]
         self.random = _random_state(device)
-        self.autocast = _autocast_state(device)
+        self.autocast = autocast_state(device)
         recording = Recording(keep) if keep or self._has_statistics(inputs[0]) else None
         with _autocast(self.autocast), recording or nullcontext():
             output = run_on(self.function, self.operands, inputs)
@@ -222,6 +222,13 @@ def _random(state: RandomState) -> Iterator[None]:
             _set_generator(device, value)
 
 
+@contextmanager
+def random_state_kept(device: torch.device) -> Iterator[None]:
+    """Puts the generators of the CPU and of the device back as they were."""
+    with _random(_random_state(device)):
+        yield
+
+
 def _get_generator(device: torch.device) -> Tensor:
     if device.type == "cpu":
         return torch.get_rng_state()
@@ -241,7 +248,7 @@ def _set_generator(device: torch.device, state: Tensor) -> None:
 AutocastState = list[tuple[str, bool, torch.dtype]]
 
 
-def _autocast_state(device: torch.device) -> AutocastState:
+def autocast_state(device: torch.device) -> AutocastState:
     types = ["cpu"] + ([device.type] if device.type not in ("cpu", "meta") else [])
     return [(t, torch.is_autocast_enabled(t), torch.get_autocast_dtype(t)) for t in types]
 

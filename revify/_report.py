@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from revify._budget import Choice
 from revify._table import table
 
 
@@ -41,12 +42,14 @@ class UnitReport:
 
 @dataclass(frozen=True)
 class ChainReport:
-    """One chain: its additions in order, and how its streams begin and end."""
+    """One chain: its additions in order, how its streams begin and end, and, once a training step has been made with a
+    memory budget, what was chosen to be kept."""
 
     name: str
     units: tuple[UnitReport, ...]
     entry: str
     exit: str
+    choice: Choice | None = None
 
 
 @dataclass(frozen=True)
@@ -76,9 +79,8 @@ class Report:
         rows = list(self._rows())
         if rows:
             lines += ["", table([_COLUMNS, *rows])]
-        for title, entries in (("refused", self.refusals), ("notes", self.notes)):
-            if entries:
-                lines += ["", f"{title}:", *(f"  - {entry}" for entry in entries)]
+        for title, entries in self._lists():
+            lines += ["", f"{title}:", *(f"  - {entry}" for entry in entries)]
         return "\n".join(lines)
 
     def _repr_html_(self) -> str:
@@ -87,9 +89,8 @@ class Report:
             "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in self._rows()
         )
         lists = "".join(
-            f"<p>{title}</p><ul>" + "".join(f"<li>{html.escape(str(e))}</li>" for e in entries) + "</ul>"
-            for title, entries in (("refused", self.refusals), ("notes", self.notes))
-            if entries
+            f"<p>{title}</p><ul>" + "".join(f"<li>{html.escape(e)}</li>" for e in entries) + "</ul>"
+            for title, entries in self._lists()
         )
         return f"<p><b>{html.escape(self.model)}</b></p><table><tr>{head}</tr>{body}</table>{lists}"
 
@@ -97,6 +98,11 @@ class Report:
         for chain in self.chains:
             for unit in chain.units:
                 yield chain.name, unit.kind, unit.module or "(model)", unit.name
+
+    def _lists(self) -> Iterator[tuple[str, list[str]]]:
+        choices = [f"{chain.name}: {chain.choice}" for chain in self.chains if chain.choice is not None]
+        lists = ("refused", [str(r) for r in self.refusals]), ("memory budget", choices), ("notes", list(self.notes))
+        return ((title, entries) for title, entries in lists if entries)
 
 
 _COLUMNS = ("chain", "kind", "module", "addition")

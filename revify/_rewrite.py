@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from revify import _resize
+from revify._budget import Budget
 from revify._chain import Recomputed, ReversibleChain, Step
 from revify._operations import Operations, activate
 from revify._plan import ChainPlan, Piece, Plan
@@ -38,7 +39,9 @@ class Converted(nn.Module):
         return f"{self.revify_report.model}, {units} reversible units"
 
 
-def rewrite(graph: fx.Graph, root: nn.Module, plan: Plan, report: Report, exact: bool) -> Converted:
+def rewrite(
+    graph: fx.Graph, root: nn.Module, plan: Plan, report: Report, exact: bool, memory_budget: float | None
+) -> Converted:
     """Consumes ``graph`` and ``root``."""
     model = Converted.__new__(Converted)
     model.__dict__ = root.__dict__
@@ -52,14 +55,15 @@ def rewrite(graph: fx.Graph, root: nn.Module, plan: Plan, report: Report, exact:
             made[id(piece)] = _region(piece, model, ops)
         return made[id(piece)] if piece is not None else None
 
-    chains = [_chain(chain, region, exact) for chain in plan.chains]
+    budget = None if memory_budget is None else Budget(memory_budget)
+    chains = [_chain(chain, region, exact, budget) for chain in plan.chains]
     stem = region(plan.stem)  # every piece is copied before the graph changes
     current: dict[fx.Node, fx.Node] = {}  # an addition that ended a chain, and what stands in its place
     for chain, module in zip(plan.chains, chains, strict=True):
         model.add_module(chain.name, module)
         current[chain.chain.total] = _call_chain(graph, ops, chain, current)
     if plan.stem is not None and stem is not None:
-        model.add_module(_STEM, Recomputed(stem))
+        model.add_module(_STEM, Recomputed(stem, budget))
         _call_stem(graph, ops, plan.stem)
     graph.lint()
     model.code = _code(graph)
@@ -71,12 +75,14 @@ _STEM = "reversible_stem"
 _STREAM2 = "stream2"  # the modules of untied shortcuts
 
 
-def _chain(plan: ChainPlan, region: Callable[[Piece | None], Region | None], exact: bool) -> ReversibleChain:
+def _chain(
+    plan: ChainPlan, region: Callable[[Piece | None], Region | None], exact: bool, budget: Budget | None
+) -> ReversibleChain:
     steps = []
     for step in plan.steps:
         context = [plan.context.index(n) for n in step.branch.context] if step.branch else []
         steps.append(Step(step.name, step.writes, region(step.branch), region(step.skip), context))
-    return ReversibleChain.from_steps(plan.name, steps, exact)
+    return ReversibleChain.from_steps(plan.name, steps, exact, budget)
 
 
 def _call_chain(graph: fx.Graph, ops: Operations, plan: ChainPlan, current: dict[fx.Node, fx.Node]) -> fx.Node:

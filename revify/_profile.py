@@ -1,0 +1,90 @@
+"""What an evaluation costs: measured once, by an evaluation that leaves no trace.
+
+Bytes are exact. Work is an estimate, so that it is the same on every machine and in every process of a distributed
+run: the bytes that each operation reads and writes, and its floating-point operations divided by how many of them a
+processor does while it moves a byte.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry, sdpa_flop_count
+
+from revify._budget import Output
+from revify._memory import kept_bytes
+from revify._replay import Evaluation
+from revify._tape import DEAR, Recording
+
+FLOPS_PER_BYTE = 20
+
+
+def measure(module: nn.Module, x: Tensor, *context: Any) -> tuple[Tensor, float, int, tuple[Output, ...]]:
+    """``module(x, *context)``; the work, the bytes that plain autograd keeps where everything needs a gradient, and
+    the outputs that may be kept instead."""
+    f = Evaluation(module)
+    # detached, so that no hook on a parameter sees a gradient
+    tensors = [_leaf(w) for w in f.tensors]
+    inputs = [_leaf(v) if isinstance(v, Tensor) else v for v in (x, *context)]
+    counting = _Counting()
+    results: list[Tensor] = []
+
+    def forward() -> Tensor:
+        with torch.enable_grad(), counting:
+            y: Tensor = f.again(tensors, *inputs)
+        results.append(y.detach())
+        return y
+
+    kept = kept_bytes(forward, exclude=tensors)
+    outputs = tuple(
+        Output(number, sum(_bytes(t) for t in given if t is not None), counting.works[number])
+        for number, (op, _, given) in enumerate(counting.tape().entries)
+        if op in DEAR and given is not None
+    )
+    return results[0], counting.work, kept, outputs
+
+
+class _Counting(Recording):
+    """The work of the operations made inside it, in all and of those that the tape counts."""
+
+    def __init__(self) -> None:
+        super().__init__(keep=range(sys.maxsize))
+        self.work = 0.0
+        self.works: list[float] = []
+
+    def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = super().__torch_dispatch__(op, types, args, kwargs)
+        work = _work(op, args, kwargs or {}, result)
+        self.work += work
+        self.works += [work] * (len(self.entries) - len(self.works))
+        return result
+
+
+def _work(op: Any, args: Any, kwargs: Any, result: Any) -> float:
+    given, made = list(_tensors((args, kwargs))), list(_tensors(result))
+    storages = {x.untyped_storage()._cdata for x in given}
+    if not op._schema.is_mutable and all(y.untyped_storage()._cdata in storages for y in made):
+        return 0.0  # a view
+    flops = 0
+    if op.overloadpacket in flop_registry:
+        flops = flop_registry[op.overloadpacket](*args, **kwargs, out_val=result)
+    elif "attention" in op.__name__:
+        flops = sdpa_flop_count(*(x.shape for x in given[:3]))
+    return sum(_bytes(x) for x in (*given, *made)) + flops / FLOPS_PER_BYTE
+
+
+def _leaf(x: Tensor) -> Tensor:
+    return x.detach().requires_grad_(x.is_floating_point() or x.is_complex())
+
+
+def _bytes(x: Tensor) -> int:
+    return x.numel() * x.element_size()
+
+
+def _tensors(tree: Any) -> Iterator[Tensor]:
+    return (x for x in tree_leaves(tree) if isinstance(x, Tensor))
