@@ -117,6 +117,17 @@ def test_batch_norm_statistics_over_several_steps(model: nn.Module, x: Tensor) -
     assert {int(m.num_batches_tracked) for m in reversible.modules() if isinstance(m, nn.BatchNorm2d)} == {3}
 
 
+@pytest.mark.parametrize("momentum", [0.1, None])
+def test_sync_batch_norm_without_processes(momentum: float | None, x: Tensor) -> None:
+    """With several processes: test_distributed.py."""
+    model = revify.convert(nn.SyncBatchNorm.convert_sync_batchnorm(Net()), exact=True)
+    norms = [m for m in model.modules() if isinstance(m, nn.SyncBatchNorm)]
+    for norm in norms:
+        norm.momentum = momentum
+    both_ways(model, lambda m: m(x).square().sum().backward())
+    assert [int(norm.num_batches_tracked) for norm in norms] == [1] * 5  # type: ignore[arg-type]
+
+
 def test_frozen_blocks_and_inputs_without_grad(model: nn.Module, x: Tensor) -> None:
     model.stem.requires_grad_(False)
     model.blocks[0].requires_grad_(False)
