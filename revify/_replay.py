@@ -6,7 +6,8 @@ model to be afterwards as if it had been evaluated once, the second evaluation
 1. uses the parameters of the first, also where they were swapped meanwhile (`torch.func.functional_call`);
 2. sees every submodule in the mode (train or eval) that it had, and the buffers as they were;
 3. changes no buffer or attribute: it runs on stand-ins, shallow copies of the submodules. Running statistics
-   of the batch norms of `torch.nn` are left out, since in training their output does not depend on them;
+   of the batch norms of `torch.nn` are left out, since in training their output does not depend on them
+   (SyncBatchNorm, which asks for them, advances copies);
 4. draws the same random numbers and puts the generators back as they were;
 5. runs under the same autocast state. The cache of cast weights is off in both evaluations: a cast that was
    cached without a graph would cut the gradient of every later use of the weight;
@@ -157,7 +158,8 @@ class Evaluation:
 
     def _buffers_before(self, position: int) -> dict[str, Tensor | None]:
         module, kept = self.modules[position], self.buffers[position]
-        if type(module) in BATCH_STATISTICS:
+        # SyncBatchNorm asks for its buffers, and under autocast its kernel goes by their dtype. Any values do.
+        if type(module) in BATCH_STATISTICS and not isinstance(module, nn.SyncBatchNorm):
             return dict.fromkeys(module._buffers)
         return {
             name: (kept[name][1] if name in kept else buffer).clone() if buffer is not None else None

@@ -3,7 +3,7 @@
     python tests/distributed_worker.py CASE RANK FILE
 
 compares the gradients of the two processes, each with half of a batch, with those of one process and the whole batch.
-Norms are over single images here, so that halves and whole are the same function.
+Norms are over single images or over all processes, so that halves and whole are the same function.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ from __future__ import annotations
 import copy
 import os
 import sys
+from collections.abc import Callable
+from contextlib import nullcontext
 
 import torch
 import torch.distributed as dist
@@ -20,6 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import revify
 from revify import ReversibleChain
+from tests.sync_norms import NormOverProcesses, lend_kernels_to_sync_batch_norm
 
 DDP = {
     "default": {},
@@ -28,22 +31,32 @@ DDP = {
     "bucket-view": {"gradient_as_bucket_view": True},
 }
 FSDP = ("fsdp", "fsdp-mixed-precision", "fsdp-offload")
+SYNC = {
+    "sync-batch-norm": nn.SyncBatchNorm,
+    "sync-batch-norm-autocast": nn.SyncBatchNorm,
+    "own-norm": NormOverProcesses,
+}
+Norm = Callable[[int], nn.Module]
+
+
+def group_norm(width: int) -> nn.Module:
+    return nn.GroupNorm(2, width)
 
 
 class Block(nn.Module):
-    def __init__(self) -> None:
+    def __init__(self, norm: Norm = group_norm) -> None:
         super().__init__()
-        self.f = nn.Sequential(nn.GroupNorm(2, 8), nn.ReLU(), nn.Conv2d(8, 8, 3, padding=1))
+        self.f = nn.Sequential(norm(8), nn.ReLU(), nn.Conv2d(8, 8, 3, padding=1))
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.f(x)
 
 
 class Net(nn.Module):
-    def __init__(self) -> None:
+    def __init__(self, norm: Norm = group_norm) -> None:
         super().__init__()
         self.stem, self.head = nn.Conv2d(3, 8, 3, padding=1), nn.Linear(8, 4)
-        self.blocks = nn.Sequential(*(Block() for _ in range(5)))
+        self.blocks = nn.Sequential(*(Block(norm) for _ in range(5)))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(self.blocks(self.stem(x)).mean((2, 3)))  # type: ignore[no-any-return]
@@ -66,6 +79,14 @@ def main(case: str, rank: int, file: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=2)
     torch.manual_seed(0)
+    if case in SYNC:
+        norms_over_processes(case, rank)
+    else:
+        wrapped_models(case, rank)
+    dist.destroy_process_group()
+
+
+def wrapped_models(case: str, rank: int) -> None:
     model = ByHand() if case in FSDP else revify.convert(Net())
     single = copy.deepcopy(model)
     # Rounded weights give other gradients than whole ones, so the same is compared, sharded alike, stored.
@@ -86,10 +107,45 @@ def main(case: str, rank: int, file: str) -> None:
             found, expected = whole(p.grad), whole(q.grad)
             if case == "fsdp-mixed-precision":
                 assert torch.equal(found, expected), name
-            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6, msg=lambda m, name=name: f"{name}: {m}")
+            close(found, expected, name)
         model.zero_grad()
         single.zero_grad()
-    dist.destroy_process_group()
+
+
+def norms_over_processes(case: str, rank: int) -> None:
+    """Branches that communicate do so in both evaluations, in the same order in both processes."""
+    if case != "own-norm":
+        lend_kernels_to_sync_batch_norm()
+    autocast = case == "sync-batch-norm-autocast"
+    dtype = torch.float32 if autocast else torch.float64
+    model = revify.convert(Net(SYNC[case]), exact=True).to(dtype)
+    stored = copy.deepcopy(model)
+    single = revify.convert(Net(nn.BatchNorm2d), exact=True).to(dtype)
+    single.load_state_dict(model.state_dict(), strict=False)
+    x = torch.randn(8, 3, 6, 6, dtype=dtype)
+    for step in range(2):
+        for m in (model, stored, single):
+            given = x + step if m is single else (x + step).chunk(2)[rank]
+            way = revify.store_activations(m) if m is stored else nullcontext()
+            with way, torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                loss = m(given).square().mean()
+            loss.backward()
+        of_single, buffers = dict(single.named_parameters()), dict(single.named_buffers())
+        for (name, p), q in zip(model.named_parameters(), stored.parameters(), strict=True):
+            assert torch.equal(p.grad, q.grad), name
+            dist.all_reduce(p.grad)
+            if not autocast:  # which rounds halves and whole differently
+                close(p.grad / 2, of_single[name].grad, name, 1e-9)
+        for (name, b), c in zip(model.named_buffers(), stored.buffers(), strict=True):
+            assert torch.equal(b, c), name
+            if not autocast:
+                close(b, buffers[name], name, 1e-9)
+        for m in (model, stored, single):
+            m.zero_grad()
+
+
+def close(found: Tensor, expected: Tensor, name: str, rtol: float = 1e-4) -> None:
+    torch.testing.assert_close(found, expected, rtol=rtol, atol=rtol / 100, msg=lambda m: f"{name}: {m}")
 
 
 def whole(gradient: Tensor | None) -> Tensor:

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from tests.distributed_worker import DDP, FSDP
+from tests.distributed_worker import DDP, FSDP, SYNC
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
-@pytest.mark.parametrize("case", [*DDP, *FSDP])
+@pytest.mark.parametrize("case", [*DDP, *FSDP, *SYNC])
 def test_two_processes_are_one(case: str, tmp_path: Path) -> None:
     processes = [
         subprocess.Popen(

@@ -25,8 +25,9 @@ def evaluate(branch: nn.Module, x: Tensor, keep: tuple[int, ...]) -> tuple[list[
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-def test_statistics_and_outputs_are_taken(layout: torch.memory_format) -> None:
-    branch = nn.Sequential(nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 3, padding=1), nn.Conv2d(4, 4, 1))
+@pytest.mark.parametrize("norm", [nn.BatchNorm2d, nn.SyncBatchNorm])
+def test_statistics_and_outputs_are_taken(norm: type[nn.Module], layout: torch.memory_format) -> None:
+    branch = nn.Sequential(norm(4), nn.ReLU(), nn.Conv2d(4, 4, 3, padding=1), nn.Conv2d(4, 4, 1))
     x = torch.randn(32, 4, 64, 64).contiguous(memory_format=layout)
     assert x.numel() >= WORTHWHILE
     names, outputs = evaluate(branch, x, keep=(1, 2))

@@ -7,11 +7,13 @@ import copy
 import threading
 from collections.abc import Callable
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from onnx.reference import ReferenceEvaluator
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.checkpoint import checkpoint
@@ -113,6 +115,17 @@ def test_batch_norm_statistics_over_several_steps(model: nn.Module, x: Tensor) -
 
     reversible, _ = both_ways(model, run)
     assert {int(m.num_batches_tracked) for m in reversible.modules() if isinstance(m, nn.BatchNorm2d)} == {3}
+
+
+@pytest.mark.parametrize("momentum", [0.1, None])
+def test_sync_batch_norm_without_processes(momentum: float | None, x: Tensor) -> None:
+    """With several processes: test_distributed.py."""
+    model = revify.convert(nn.SyncBatchNorm.convert_sync_batchnorm(Net()), exact=True)
+    norms = [m for m in model.modules() if isinstance(m, nn.SyncBatchNorm)]
+    for norm in norms:
+        norm.momentum = momentum
+    both_ways(model, lambda m: m(x).square().sum().backward())
+    assert [int(norm.num_batches_tracked) for norm in norms] == [1] * 5  # type: ignore[arg-type]
 
 
 def test_frozen_blocks_and_inputs_without_grad(model: nn.Module, x: Tensor) -> None:
@@ -307,6 +320,19 @@ def test_export_in_eval(model: nn.Module, x: Tensor) -> None:
     model.eval()
     exported = torch.export.export(model, (x,)).module()
     torch.testing.assert_close(exported(x), model(x))
+
+
+@pytest.mark.parametrize("exact", [False, True])
+def test_onnx_in_eval(exact: bool, tmp_path: Path) -> None:
+    """With a batch size that stays open: another than the exporter saw is run."""
+    model = revify.convert(models.cifar_resnet(8), exact=exact)
+    x = torch.randn(5, 3, 16, 16)
+    model(x)  # running statistics of some data
+    model.eval()
+    file, shapes = tmp_path / "model.onnx", (({0: torch.export.Dim("batch")},),)
+    torch.onnx.export(model, (x[:2],), file, dynamo=True, dynamic_shapes=shapes, input_names=["x"], verbose=False)
+    (y,) = ReferenceEvaluator(str(file)).run(None, {"x": x.numpy()})
+    torch.testing.assert_close(torch.from_numpy(y), model(x))
 
 
 def test_compile_in_eval_is_one_graph(model: nn.Module, x: Tensor) -> None:
