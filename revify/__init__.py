@@ -4,22 +4,29 @@ from revify import models
 from revify._chain import ReversibleChain, store_activations
 from revify._convert import convert, explain, report
 from revify._errors import NotConvertibleError, ReconstructionError, RevifyError
+from revify._estimate import Estimate, StepMemory, estimate
+from revify._largest import Largest, largest_that_fits
 from revify._memory import kept_bytes, peak_bytes
 from revify._replay import is_replaying
 from revify._report import Report
 from revify._verify import Verification, verify
 
 __all__ = [
+    "Estimate",
+    "Largest",
     "NotConvertibleError",
     "ReconstructionError",
     "Report",
     "ReversibleChain",
     "RevifyError",
+    "StepMemory",
     "Verification",
     "convert",
+    "estimate",
     "explain",
     "is_replaying",
     "kept_bytes",
+    "largest_that_fits",
     "models",
     "peak_bytes",
     "report",

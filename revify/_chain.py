@@ -271,8 +271,8 @@ class ReversibleChain(nn.Module):
         return self.planner.choice(kind, x[1].numel(), lambda: self._costs(coupling, x, context)).keep
 
     def inverted_when_compiled(self) -> int:
-        """How many steps are inverted in a graph of `torch.compile`. Nothing is measured there: the updates count alike,
-        and none keeps a part of its outputs."""
+        """How many steps are inverted in a graph of `torch.compile`. Nothing is measured there: all count alike, and
+        none keeps a part of its outputs."""
         if self.stores_activations:
             return 0
         stored = 0.0 if self.planner is None else min(1.0, self.planner.budget.fraction())
@@ -281,7 +281,7 @@ class ReversibleChain(nn.Module):
     def _costs(self, coupling: Coupling, x: dict[int, Tensor], context: Sequence[Any]) -> list[Cost]:
         """What each step costs."""
         state = dict(x)
-        with torch.no_grad(), random_state_kept(x[1].device):
+        with torch.no_grad(), random_state_kept(x[1]):
             return [step.take(coupling, state, {}, context, measures=True).cost for step in self.steps]
 
     def _guarded(self, step: Step, x: dict[int, Tensor], shadows: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:

@@ -26,6 +26,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 # g = 2^-k. The largest magnitude of a state is 2^(24 - k) = 2048, and 2^(53 - k) = 1024.
 GRID_BITS = {torch.float32: 13, torch.float64: 43}
@@ -123,12 +124,15 @@ def _is_free(a: Tensor, like: Tensor) -> bool:
         a.dtype == like.dtype
         and a.shape == like.shape
         and a.stride() == like.stride()
-        and type(a) is Tensor
+        and type(a) in _WITH_STORAGE
         and a.is_leaf
         and sys.getrefcount(a) <= _REFERENCES
         and torch._C._storage_Use_Count(a.untyped_storage()._cdata) <= _STORAGE_REFERENCES
         and a.untyped_storage().nbytes() >= a.numel() * a.element_size()
     )
+
+
+_WITH_STORAGE = (Tensor, FakeTensor)  # of other subclasses the counts may be those of a wrapper
 
 
 def _count_references() -> tuple[int, int]:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from revify._coupling import largest
 from revify._errors import ReconstructionError
+from revify._fake import has_values
 
 SAMPLES = 256  # of each stream
 DRIFT = 1e-3  # of the largest sample; rounding errors stay far below it
@@ -89,9 +90,11 @@ def _when_known(condition: Tensor, act: Callable[[], None]) -> None:
         if bool(condition):
             act()
 
+    if not has_values(condition):
+        return
     if condition.device.type == "cpu":
         look()
-    elif condition.device.type != "meta":
+    else:
         torch.autograd.Variable._execution_engine.queue_callback(look)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -65,7 +66,7 @@ def peak_bytes(step: Callable[[], Any], device: torch.device | str | None = None
     """
     device = torch.device(device or "cpu")
     if device.type == "cpu":
-        storages = _Storages()
+        storages = Storages()
         with storages:
             step()
         return storages.peak
@@ -78,14 +79,34 @@ def peak_bytes(step: Callable[[], Any], device: torch.device | str | None = None
     return int(module.max_memory_allocated(device) - before)
 
 
-class _Storages(TorchDispatchMode):
-    """Follows the storages that operations return: their bytes now, and the most there were."""
+@dataclass(eq=False)
+class Life:
+    """A storage's size in bytes, and at which moments it was made and released (None: it lives)."""
+
+    bytes: int
+    born: int
+    died: int | None = None
+
+    def spans(self, moment: int) -> bool:
+        return self.born <= moment and (self.died is None or moment < self.died)
+
+
+class Storages(TorchDispatchMode):
+    """Follows the storages that operations return: their bytes now, the most there were, and when that was. A moment
+    is a count of the storages made and released until then."""
 
     def __init__(self) -> None:
         super().__init__()
         self.now: int = 0
         self.peak: int = 0
-        self._known: set[int] = set()
+        self.moment: int = 0
+        self.peak_moment: int = 0
+        self.made: list[Life] = []
+        self._known: dict[int, Life] = {}
+
+    def life(self, tensor: Tensor) -> Life | None:
+        """That of the storage that the tensor lies in."""
+        return self._known.get(_storage(tensor))
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         for tensor in _tensors((args, kwargs)):
@@ -97,16 +118,22 @@ class _Storages(TorchDispatchMode):
 
     def _meet(self, tensor: Tensor, made: bool) -> None:
         storage = tensor.untyped_storage()
-        if storage._cdata not in self._known:
-            self._known.add(storage._cdata)
-            size = storage.nbytes() if made else 0
-            self.now += size
-            self.peak = max(self.peak, self.now)
-            weakref.finalize(storage, self._release, storage._cdata, size)
+        if storage._cdata in self._known:
+            return
+        self.moment += 1
+        life = self._known[storage._cdata] = Life(storage.nbytes() if made else 0, self.moment)
+        if made:
+            self.made.append(life)
+        self.now += life.bytes
+        if self.now > self.peak:
+            self.peak, self.peak_moment = self.now, self.moment
+        weakref.finalize(storage, self._release, storage._cdata)
 
-    def _release(self, storage: int, size: int) -> None:
-        self._known.discard(storage)
-        self.now -= size
+    def _release(self, storage: int) -> None:
+        self.moment += 1
+        life = self._known.pop(storage)
+        life.died = self.moment
+        self.now -= life.bytes
 
 
 def _tensors(tree: Any) -> Iterator[Tensor]:

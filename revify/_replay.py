@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from revify._fake import has_values
 from revify._region import Region
 from revify._tape import WORTHWHILE, Recording, Replaying, Tape
 
@@ -91,7 +92,7 @@ class Evaluation:
         device = inputs[0].device
         self.buffers = [self._changing_buffers(m) for m in self.modules]
         versions = [{name: live._version for name, (live, _) in kept.items()} for kept in self.buffers]
-        self.random = _random_state(device)
+        self.random = _random_state(inputs[0])
         self.autocast = autocast_state(device)
         recording = Recording(keep) if keep or self._has_statistics(inputs[0]) else None
         with _autocast(self.autocast), recording or nullcontext():
@@ -202,8 +203,11 @@ def _replaying() -> Iterator[None]:
 RandomState = list[tuple[torch.device, Tensor]]
 
 
-def _random_state(device: torch.device) -> RandomState:
-    devices = [torch.device("cpu")] + ([device] if device.type not in ("cpu", "meta") else [])
+def _random_state(x: Tensor) -> RandomState:
+    """Of the generators that a function of x may draw from."""
+    if not has_values(x):
+        return []
+    devices = [torch.device("cpu")] + ([x.device] if x.device.type != "cpu" else [])
     return [(d, _get_generator(d)) for d in devices]
 
 
@@ -225,9 +229,9 @@ def _random(state: RandomState) -> Iterator[None]:
 
 
 @contextmanager
-def random_state_kept(device: torch.device) -> Iterator[None]:
-    """Puts the generators of the CPU and of the device back as they were."""
-    with _random(_random_state(device)):
+def random_state_kept(x: Tensor) -> Iterator[None]:
+    """Puts the generators that a function of x may draw from back as they were."""
+    with _random(_random_state(x)):
         yield
 
 

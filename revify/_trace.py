@@ -13,6 +13,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -140,16 +141,20 @@ class _Tracer(fx.Tracer):
 
 def _reason(error: Exception) -> str:
     """What failed, on which line of the user's code, and what to do."""
-    frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith(_INTERNAL)]
-    place = f" at {frames[-1].filename}:{frames[-1].lineno}, `{frames[-1].line}`" if frames else ""
     message = str(error).split("\n")[0]
     return (
-        f"{type(error).__name__}: {message}{place}. Control flow that depends on tensor values cannot be traced: "
-        "move it into a submodule of its own, or out of forward."
+        f"{type(error).__name__}: {message}{place(error)}. Control flow that depends on tensor values cannot be "
+        "traced: move it into a submodule of its own, or out of forward."
     )
 
 
-_INTERNAL = (torch.__path__[0], __file__, "<eval_with_key>")
+def place(error: Exception) -> str:
+    """The line of the user's code that an error comes from, as `` at file:number, `line` ``."""
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith(_INTERNAL)]
+    return f" at {frames[-1].filename}:{frames[-1].lineno}, `{frames[-1].line}`" if frames else ""
+
+
+_INTERNAL = (torch.__path__[0], str(Path(__file__).parent / "_"), "<eval_with_key>", "<revify>")
 
 
 @contextmanager
@@ -166,23 +171,28 @@ def _mode(model: nn.Module, training: bool) -> Iterator[None]:
 # Arguments ------------------------------------------------------------------------------------------------
 
 
+def arguments(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """``example_inputs`` as positional and keyword arguments."""
+    if isinstance(example_inputs, Tensor):
+        return (example_inputs,), {}
+    if isinstance(example_inputs, (tuple, list)):
+        return tuple(example_inputs), {}
+    if isinstance(example_inputs, dict):
+        return (), example_inputs
+    raise RevifyError(
+        "example_inputs must be a tensor, a tuple of positional inputs or a dict of keyword inputs, "
+        f"got {type(example_inputs).__name__}."
+    )
+
+
 def _arguments_left_out(model: nn.Module, example_inputs: Any) -> dict[str, Any] | None:
     """The defaults of the arguments of forward that the example does not give: these keep their defaults."""
     if example_inputs is None:
         return None
-    if isinstance(example_inputs, Tensor):
-        example_inputs = (example_inputs,)
-    if not isinstance(example_inputs, (tuple, list, dict)):
-        raise RevifyError(
-            "example_inputs must be a tensor, a tuple of positional inputs or a dict of keyword inputs, "
-            f"got {type(example_inputs).__name__}."
-        )
+    args, kwargs = arguments(example_inputs)
     signature = inspect.signature(model.forward)
     try:
-        if isinstance(example_inputs, dict):
-            given = signature.bind(**example_inputs).arguments
-        else:
-            given = signature.bind(*example_inputs).arguments
+        given = signature.bind(*args, **kwargs).arguments
     except TypeError as error:
         raise RevifyError(f"example_inputs does not fit the model's forward{signature}: {error}.") from error
     left_out = {n: p.default for n, p in signature.parameters.items() if n not in given}

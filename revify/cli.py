@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import importlib.util
+import re
 import sys
 from collections.abc import Sequence
 from importlib.metadata import version
@@ -14,6 +15,9 @@ from torch import nn
 
 from revify._convert import convert, explain
 from revify._errors import RevifyError
+from revify._estimate import Estimate, estimate
+from revify._largest import largest_that_fits
+from revify._table import megabytes
 from revify._verify import verify
 
 
@@ -70,6 +74,19 @@ def _explain(options: argparse.Namespace) -> int:
     return 0 if report.convertible else 1
 
 
+def _estimate(options: argparse.Namespace) -> None:
+    model, images = load_model(options.name), torch.empty(options.shape, device="meta")
+    autocast = getattr(torch, options.autocast) if options.autocast else None
+
+    def at(batch_size: int | None) -> Estimate:
+        return estimate(model, images, batch_size=batch_size, autocast=autocast, exact=options.exact)
+
+    print(at(options.batch_size))
+    if options.memory:
+        largest = largest_that_fits(at, options.memory)
+        print(f"\nlargest batch in {megabytes(options.memory)}: {largest.plain} plain, {largest.reversible} reversible")
+
+
 def _verify(options: argparse.Namespace) -> int:
     converted = convert(load_model(options.name), exact=options.exact)
     result = verify(converted, torch.randn(options.shape))
@@ -101,6 +118,15 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("name", metavar="NAME", help="a torchvision or timm model, or package.module:function")
     command.set_defaults(command=_explain)
 
+    command = commands.add_parser("estimate", help="predict the peak memory of a training step, plain and reversible")
+    command.add_argument("name", metavar="NAME", help="a torchvision or timm model, or package.module:function")
+    command.add_argument("--shape", type=_shape, default=(32, 3, 224, 224), help="of the input (32x3x224x224)")
+    command.add_argument("--batch-size", type=_positive, help="in place of the first number of the shape")
+    command.add_argument("--memory", type=_memory, help="16GiB, for example: also find the largest batch for so much")
+    command.add_argument("--autocast", choices=["bfloat16", "float16"], help="dtype of the forward pass (none)")
+    command.add_argument("--exact", action="store_true", help="in the exact mode")
+    command.set_defaults(command=_estimate)
+
     command = commands.add_parser("verify", help="convert, run a step both ways on random input, and compare")
     command.add_argument("name", metavar="NAME", help="a torchvision or timm model, or package.module:function")
     command.add_argument("--shape", type=_shape, default=(2, 3, 224, 224), help="of the input (2x3x224x224)")
@@ -127,3 +153,15 @@ def _positive(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
     return value
+
+
+_UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
+
+
+def _memory(text: str) -> int:
+    """Bytes, from an amount such as 16GiB."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-z]*)", text.strip().lower())
+    count = round(float(found[1]) * _UNITS.get(found[2], 0)) if found else 0
+    if not count:
+        raise argparse.ArgumentTypeError(f"must be an amount such as 16GiB or 800MB, got {text!r}")
+    return count

@@ -1,0 +1,230 @@
+"""estimate: the memory of a training step, from a run without values.
+
+The step runs on fake tensors: every operation computes shapes, strides and dtypes, and nothing else. So the storages
+that it makes and releases are those of the real step, in the same order, and are followed in the same way
+(`_memory`); a model of any size takes seconds. The engine is the one that trains.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensorMode,
+    UnsupportedOperatorException,
+)
+from torch.utils._pytree import tree_leaves
+
+from revify._convert import convert
+from revify._errors import RevifyError
+from revify._fake import hollow_copy, hollow_inputs
+from revify._memory import Storages
+from revify._table import megabytes, table
+from revify._trace import arguments, place
+
+
+@dataclass(frozen=True)
+class StepMemory:
+    """What a training step holds at the moment when it holds most, in bytes.
+
+    Attributes:
+        parameters: parameters and buffers.
+        gradients: gradients of parameters and inputs, those that are there at that moment.
+        kept: what the forward pass leaves to the backward pass, the activations, and the inputs.
+        transient: the rest: what operations work on just then.
+    """
+
+    parameters: int
+    gradients: int
+    kept: int
+    transient: int
+
+    @property
+    def peak(self) -> int:
+        """The sum."""
+        return self.parameters + self.gradients + self.kept + self.transient
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """The memory of a training step of a model and of its conversion. Prints as a table.
+
+    Attributes:
+        plain: of the model as it is.
+        reversible: of the converted model.
+        batch_size: dimension 0 of the first input.
+        device: the type of the device, "cpu" or "cuda" for instance.
+    """
+
+    plain: StepMemory
+    reversible: StepMemory
+    batch_size: int
+    device: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """The estimate as plain dictionaries, numbers and strings."""
+        peaks = {name: {**asdict(memory), "peak": memory.peak} for name, memory in self._columns.items()}
+        return {**asdict(self), **peaks}
+
+    def __str__(self) -> str:
+        rows = [("", *self._columns)]
+        for name in ("parameters", "gradients", "kept", "transient", "peak"):
+            rows.append((name, *(megabytes(getattr(memory, name)) for memory in self._columns.values())))
+        percent = 100 * self.reversible.peak / self.plain.peak
+        return (
+            f"peak memory of a training step, batch of {self.batch_size}, {self.device}\n\n"
+            f"{table(rows, right=(1, 2))}\n\nThe reversible peak is {percent:.0f} % of the plain one."
+        )
+
+    @property
+    def _columns(self) -> dict[str, StepMemory]:
+        return {"plain": self.plain, "reversible": self.reversible}
+
+
+def estimate(
+    model: nn.Module,
+    example_inputs: Any,
+    *,
+    batch_size: int | None = None,
+    loss: Callable[[Any], Tensor] | None = None,
+    autocast: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+    **options: Any,
+) -> Estimate:
+    """The peak memory of one training step of a model, as it is and converted, without running it: it takes seconds
+    for any size, and no memory or time on the device.
+
+    The step is a forward and a backward pass in train mode that makes the gradients. Not counted are the optimizer's
+    state (Adam's is twice the parameters), what kernels use inside themselves (a convolution's workspace), and what
+    an allocator holds in reserve. The model and the random state are left as they were.
+
+    Args:
+        model: a residual network, on any device, the meta device included.
+        example_inputs: a tensor, a tuple of positional inputs or a dict of keyword inputs. Only shapes and dtypes
+            matter.
+        batch_size: replaces dimension 0 of the first tensor in ``example_inputs``, and of all others that have the
+            same dimension 0.
+        loss: maps the model's result to the scalar that the backward pass starts from; by default the sum of all
+            floating-point tensors in the result. Give it where the loss itself takes memory, as the cross-entropy
+            of a language model's logits does.
+        autocast: the dtype of `torch.autocast` in the forward pass; None is without.
+        device: the device to predict for, since kernels differ in what they keep; by default the model's, or the
+            CPU for the meta device. A GPU can be predicted for where PyTorch finds one.
+        options: those of `convert`.
+
+    Raises:
+        NotConvertibleError: as `convert` does.
+        RevifyError: an argument is not as it must be, or the model reads the values of tensors.
+    """
+    if not isinstance(model, nn.Module):
+        raise RevifyError(f"model must be a torch.nn.Module, got {type(model).__name__}.")
+    if autocast is not None and not isinstance(autocast, torch.dtype):
+        raise RevifyError(f"autocast must be a torch.dtype or None, got {autocast!r}.")
+    if loss is not None and not callable(loss):
+        raise RevifyError(f"loss must be a function of the model's result or None, got {type(loss).__name__}.")
+    inputs = arguments(example_inputs)
+    target = _device(model, device)
+    present = _batch_size(inputs)
+    batch = present, _checked(batch_size, present)
+    with torch.random.fork_rng([]):  # `convert` may initialise new layers
+        original = hollow_copy(model)
+        args, kwargs = hollow_inputs(inputs, batch)
+        converted = convert(original, kwargs or args, **options)
+        plain, reversible = (_step(m, inputs, batch, target, loss, autocast) for m in (original, converted))
+    return Estimate(plain, reversible, batch[1], target.type)
+
+
+def _step(
+    model: nn.Module,
+    inputs: Any,
+    batch: tuple[int, int],
+    device: torch.device,
+    loss: Callable[[Any], Tensor] | None,
+    autocast: torch.dtype | None,
+) -> StepMemory:
+    mode = FakeTensorMode(allow_non_fake_inputs=True)  # tensors that the model holds as plain attributes
+    model = hollow_copy(model, device, mode).train()
+    args, kwargs = hollow_inputs(inputs, batch, device, mode)
+    storages = Storages()
+    with mode, storages, torch.enable_grad(), _refusing_reads():
+        with torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
+            objective = (loss or _sum)(model(*args, **kwargs))
+        if not isinstance(objective, Tensor) or objective.numel() != 1:
+            found = f"shape {tuple(objective.shape)}" if isinstance(objective, Tensor) else type(objective).__name__
+            raise RevifyError(f"loss must map the model's result to a tensor of one element, got {found}.")
+        if not objective.requires_grad:
+            raise RevifyError("model has nothing to train: no parameter, and no input, that requires grad.")
+        turn = storages.moment
+        objective.backward()
+    parameters = [*model.parameters(), *model.buffers()]
+    given = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+    gradients = {storages.life(x.grad) for x in chain(parameters, given) if x.grad is not None}
+    there = [life for life in storages.made if life.spans(storages.peak_moment)]
+    of_gradients = sum(life.bytes for life in there if life in gradients)
+    kept = sum(life.bytes for life in there if life.spans(turn) and life not in gradients)
+    transient = sum(life.bytes for life in there) - of_gradients - kept
+    return StepMemory(_bytes(parameters), of_gradients, kept + _bytes(given), transient)
+
+
+def _sum(result: Any) -> Tensor:
+    outputs = [y for y in tree_leaves(result) if isinstance(y, Tensor) and y.is_floating_point()]
+    if not outputs:
+        raise RevifyError("model returns no floating-point tensor to sum up: give loss, a function of its result.")
+    total: Tensor = sum((y.sum() for y in outputs[1:]), outputs[0].sum())
+    return total
+
+
+def _bytes(tensors: list[Tensor]) -> int:
+    return sum(x.untyped_storage().nbytes() for x in tensors)
+
+
+@contextmanager
+def _refusing_reads() -> Iterator[None]:
+    try:
+        yield
+    except (DataDependentOutputException, DynamicOutputShapeException, UnsupportedOperatorException) as error:
+        raise RevifyError(
+            f"model cannot be run without values: {error.func} needs them{place(error)}. "
+            "Measure a step with revify.peak_bytes instead."
+        ) from error
+
+
+def _device(model: nn.Module, device: torch.device | str | None) -> torch.device:
+    if device is None:
+        present = next((x.device for x in chain(model.parameters(), model.buffers())), torch.device("cpu"))
+        return torch.device("cpu") if present.type == "meta" else present
+    try:
+        found = torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise RevifyError(f"device must be a torch.device or its name, got {device!r}.") from error
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    if found.type != "cpu" and (accelerator is None or found.type != accelerator.type):
+        raise RevifyError(
+            f"device {str(found)!r} cannot be predicted for, since PyTorch finds none here. "
+            "Leave device out: the CPU's figures are near those of a GPU."
+        )
+    return found
+
+
+def _batch_size(inputs: Any) -> int:
+    first = next((x for x in tree_leaves(inputs) if isinstance(x, Tensor)), None)
+    if first is None or first.ndim == 0:
+        found = "no tensor" if first is None else "a first tensor without dimensions"
+        raise RevifyError(f"example_inputs must hold a tensor whose dimension 0 is the batch, got {found}.")
+    return len(first)
+
+
+def _checked(batch_size: int | None, present: int) -> int:
+    if batch_size is None:
+        return present
+    if not isinstance(batch_size, int) or isinstance(batch_size, bool) or batch_size < 1:
+        raise RevifyError(f"batch_size must be a positive integer, got {batch_size!r}.")
+    return batch_size
