@@ -101,11 +101,13 @@ class Coupling:
         return p + a
 
     def uncouple_into(self, r: Tensor, a: Tensor) -> Tensor:
-        """As `uncouple`, without a graph, and in the memory of ``a`` where the caller is its sole owner."""
-        if _is_free(a, r):
-            return torch.sub(r, grid_(a) if self.exact else a, out=a)
-        a = self._converted(a)
-        return r - a
+        """As `uncouple`, without a graph, and in the memory of ``r``, or else of ``a``, where nobody else can see it.
+        ``r`` must have reached the caller as a gradient, which no Python object holds."""
+        free = _is_free(a, r)
+        a = (grid_(a) if self.exact else a) if free else self._converted(a)
+        if _is_alone(r):
+            return r.sub_(a)
+        return torch.sub(r, a, out=a) if free else r - a
 
     def _converted(self, a: Tensor) -> Tensor:
         converted = a.to(self.state)
@@ -124,11 +126,18 @@ def _is_free(a: Tensor, like: Tensor) -> bool:
         a.dtype == like.dtype
         and a.shape == like.shape
         and a.stride() == like.stride()
-        and type(a) in _WITH_STORAGE
         and a.is_leaf
         and sys.getrefcount(a) <= _REFERENCES
-        and torch._C._storage_Use_Count(a.untyped_storage()._cdata) <= _STORAGE_REFERENCES
-        and a.untyped_storage().nbytes() >= a.numel() * a.element_size()
+        and _is_alone(a)
+    )
+
+
+def _is_alone(x: Tensor) -> bool:
+    """Whether ``x`` is the only tensor in its memory, all of which it has."""
+    return (
+        type(x) in _WITH_STORAGE
+        and torch._C._storage_Use_Count(x.untyped_storage()._cdata) <= _STORAGE_REFERENCES
+        and x.untyped_storage().nbytes() >= x.numel() * x.element_size()
     )
 
 

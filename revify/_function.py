@@ -23,11 +23,12 @@ With r the cotangents are  ``dp = dr  (or J_skip(p)^T dr)``,  ``dq += J_f(q)^T d
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import get_gradient_edge
 
 from revify._coupling import Coupling
 from revify._errors import RevifyError
@@ -113,21 +114,24 @@ class Update(torch.autograd.Function):
         of_context, of_skip, of_f = _split(tensors, n_context, n_skip)
         need_context, need_skip, need_f = _split(needs, n_context, n_skip)
 
-        p, dp, dp_in, dq = kept_p, dr, None, None
+        dp, dp_in, dq = dr, None, None
         d_context: Sequence[Tensor | None] = [None] * n_context
         d_skip: Sequence[Tensor | None] = [None] * n_skip
         d_f: Sequence[Tensor | None] = [None] * len(of_f)
+        if skip is not None:
+            p_in = coupling.read(kept_p).to(ctx.p_dtype)
+            vjp = _replay(skip, [p_in], [needs_p_in], of_skip, need_skip)[1]
+            (dp_in,), d_skip = vjp(dr)
+            p, dp = kept_p if torch.is_grad_enabled() else kept_p.detach(), None  # not the tensor that is kept
         if f is not None:
             q_in = coupling.read(q).to(ctx.q_dtype)
             take_part = [q_in, *of_context], [needs_q, *need_context], of_f, need_f
-            a, (dq, *d_context), d_f = _replay(f, dr, *take_part, context=ctx.context, outputs=outputs)
+            a, vjp = _replay(f, *take_part, context=ctx.context, outputs=outputs)
             if skip is None:
                 p = coupling.uncouple(r, a) if torch.is_grad_enabled() else coupling.uncouple_into(r, a)
                 p = _with_strides(p, ctx.strides)
-        if skip is not None:
-            p_in = coupling.read(kept_p).to(ctx.p_dtype)
-            _, (dp_in,), d_skip = _replay(skip, dr, [p_in], [needs_p_in], of_skip, need_skip)
-            dp = None
+            del a  # what a branch returns is the largest of what it makes, as a rule, and seldom kept in its graph
+            (dq, *d_context), d_f = vjp(dr)
         return (None, None, None, None, None, None, dp, dp_in, dq, p, q, *d_context, *d_skip, *d_f)
 
 
@@ -145,21 +149,25 @@ class Recompute(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
         inputs, tensors = _split(ctx.saved_tensors, ctx.n_inputs)
         need_inputs, need_tensors = _split(ctx.needs_input_grad[2:], ctx.n_inputs)
-        _, d_inputs, d_tensors = _replay(ctx.f, dy, inputs, need_inputs, tensors, need_tensors)
+        vjp = _replay(ctx.f, inputs, need_inputs, tensors, need_tensors)[1]
+        d_inputs, d_tensors = vjp(dy)
         return (None, None, *d_inputs, *d_tensors)
+
+
+Gradients = list[Tensor | None]
 
 
 def _replay(
     f: Evaluation,
-    dy: Tensor | None,
     inputs: Sequence[Tensor],
     need_inputs: Sequence[bool],
     tensors: Sequence[Tensor],
     need_tensors: Sequence[bool],
     context: Sequence[Any] = (),
     outputs: Sequence[Tensor | None] = (),
-) -> tuple[Tensor, list[Tensor | None], list[Tensor | None]]:
-    """``y = f(*inputs)`` evaluated again, detached, with the gradients of inputs and tensors. ``outputs`` were kept."""
+) -> tuple[Tensor, Callable[[Tensor | None], tuple[Gradients, Gradients]]]:
+    """``y = f(*inputs)`` evaluated again, detached, and the function that maps the gradient of y, once, to those of
+    inputs and tensors; it does not hold y. ``outputs`` were kept."""
     create_graph = torch.is_grad_enabled()
     if create_graph:  # aliases, so that the derivatives are those of f alone, and not of what its input came from
         inputs, tensors = ([x.expand_as(x) for x in given] for given in (inputs, tensors))
@@ -168,15 +176,20 @@ def _replay(
         tensors = [_leaf(w, need) for w, need in zip(tensors, need_tensors, strict=True)]
     with torch.enable_grad():
         y: Tensor = f.again(tensors, *_with_tensors(context, inputs), outputs=outputs)
-    all_needs = [*need_inputs, *need_tensors]
-    wanted = [x for x, need in zip([*inputs, *tensors], all_needs, strict=True) if need]
-    found: Sequence[Tensor | None] = [None] * len(wanted)
-    if dy is not None and y.requires_grad and wanted:
-        found = torch.autograd.grad(y, wanted, dy.to(y.dtype), allow_unused=True, create_graph=create_graph)
-    given = iter(found)
-    gradients = [next(given) if need else None for need in all_needs]
-    y = y if create_graph else y.detach()
-    return y, gradients[: len(inputs)], gradients[len(inputs) :]
+    needs = [*need_inputs, *need_tensors]
+    wanted = [x for x, need in zip([*inputs, *tensors], needs, strict=True) if need]
+    edge = get_gradient_edge(y) if y.requires_grad and wanted else None
+    dtype, n_inputs = y.dtype, len(inputs)
+
+    def vjp(dy: Tensor | None) -> tuple[Gradients, Gradients]:
+        found: Sequence[Tensor | None] = [None] * len(wanted)
+        if dy is not None and edge is not None:
+            found = torch.autograd.grad([edge], wanted, dy.to(dtype), allow_unused=True, create_graph=create_graph)
+        given = iter(found)
+        gradients = [next(given) if need else None for need in needs]
+        return gradients[:n_inputs], gradients[n_inputs:]
+
+    return y if create_graph else y.detach(), vjp
 
 
 def _leaf(w: Tensor, need: bool) -> Tensor:

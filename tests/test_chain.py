@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import revify
 from revify import ReversibleChain
+from revify.models import cifar_resnet
 from tests.test_convert import assert_same_gradients
 
 
@@ -180,3 +181,22 @@ def test_inputs_without_grad(grad: tuple[bool, bool]) -> None:
 def test_nothing_needs_a_gradient() -> None:
     chain = ReversibleChain([branch()]).double().requires_grad_(False)
     assert not chain(*(v.detach() for v in state()))[0].requires_grad
+
+
+@pytest.mark.parametrize("exact", [False, True])
+def test_the_memory_that_states_are_reconstructed_in_is_nobody_elses(exact: bool) -> None:
+    """The backward pass overwrites the state after an update with the state before it; not so outputs that the caller
+    holds, nor what a transition keeps for a second backward pass."""
+    torch.manual_seed(1)
+    model = revify.convert(cifar_resnet(14), exact=exact)
+    chain = model.reversible_0
+    x = torch.randn(2, 3, 8, 8)
+    outputs: list[Tensor] = []
+    chain.register_forward_hook(lambda _module, _inputs, ys: outputs.extend(ys))
+    y = model(x).square().sum()
+    before = [v.detach().clone() for v in outputs]
+    first = torch.autograd.grad(y, list(model.parameters()), retain_graph=True)
+    second = torch.autograd.grad(y, list(model.parameters()))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    assert len(outputs) == 2
+    assert all(torch.equal(a, b) for a, b in zip(outputs, before, strict=True))
