@@ -82,7 +82,7 @@ def _checkpoint_blocks(problem: Problem) -> nn.Module:
     model = _model(problem)
     for module in model.modules():
         if type(module).__name__ in ("BasicBlock", "Bottleneck", "EncoderBlock"):
-            module.forward = functools.partial(checkpoint, module.forward, use_reentrant=False)  # type: ignore[method-assign]
+            module.forward = functools.partial(checkpoint, module.forward, use_reentrant=False)
     return model
 
 

@@ -104,8 +104,8 @@ def times(spec: Spec, chosen: Iterable[Engine], rounds: int, warm_up: int = 2) -
 
 
 def memory(spec: Spec, engine: Engine, counts: bool = True) -> Result:
-    """Bytes of one step: the peak, gradients included; and with ``counts`` what the forward pass keeps, and the peak as
-    `revify.peak_bytes` counts it on a CPU."""
+    """Bytes of one step: the peak, gradients included; and with ``counts`` what the forward pass keeps and, on a CPU,
+    the peak as `revify.peak_bytes` counts it."""
 
     def measure() -> Result:
         training = Training(spec, engine)
@@ -119,7 +119,7 @@ def memory(spec: Spec, engine: Engine, counts: bool = True) -> Result:
         training.clear()
         if engine.compiled:
             result["graph_breaks"] = sum(torch._dynamo.utils.counters["graph_break"].values())
-        if counts and not engine.compiled:
+        if counts:
             kept_out = [*training.problem.inputs, *training.network.parameters(), *training.network.buffers()]
             result["kept"] = revify.kept_bytes(training.forward, kept_out)
             if engine.counted and not cuda:

@@ -89,14 +89,15 @@ def _circumstances(data: Figures) -> str:
     size = f"batch of {spec['batch']}, {spec['pixels']}x{spec['pixels']} pixels"
     if spec["depth"]:
         size = f"{spec['depth']} couplings ({2 * spec['depth']} updates), {size}"
-    runs = next(iter(data["times"].values()), [])
-    rounds = max((len(run.get("seconds", ())) for runs in data["times"].values() for run in runs), default=0)
+    runs = [run for results in data["times"].values() for run in results]
+    rounds = max((len(run.get("seconds", ())) for run in runs), default=0)
+    processes = max(map(len, data["times"].values()), default=0)
     versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
     place = f"{machine['processor']}, {machine['cores']} cores, {machine['threads']} threads, {machine['system']}"
     seconds = _seconds(data["times"].get(PLAIN, []))
     plain = f" A step of plain autograd takes {statistics.median(seconds):.3g} s." if seconds else ""
     return (
-        f'`make bench ARGS="{" ".join(arguments)}"`: {size}; {len(runs)} processes of {rounds} rounds.{plain} '
+        f'`make bench ARGS="{" ".join(arguments)}"`: {size}; {processes} processes of {rounds} rounds.{plain} '
         f"{machine.get('gpu', '')}{'; ' if 'gpu' in machine else ''}{place}; Python {machine['python']}, {versions}."
     )
 

@@ -55,10 +55,10 @@ def test_what_cannot_run_says_why() -> None:
     assert results["wrong"] == {"error": "ValueError: cannot do"}
 
 
-def test_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_page(tmp_path: Path) -> None:
     """From processes to pictures; an engine without a figure has a row, and hand-written text stays."""
-    stack = dataclasses.replace(WORKLOADS["stack"], quick_depths=(1, 2))
-    chosen = [e for e in STACK if e.name in (PLAIN, "RevTorch", "save_on_cpu", "revify")]
+    stack = dataclasses.replace(WORKLOADS["stack"], quick_depths=(2,))
+    chosen = [e for e in STACK if e.name in (PLAIN, "RevTorch", "revify")]
     figures = run(stack, TINY, tmp_path, SETTINGS, chosen)
     data = json.loads(figures.read_text())
     data["times"]["memcnn"], data["memory"]["memcnn"] = [{"unavailable": "not installed"}], {}
@@ -79,11 +79,26 @@ def test_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "| plain autograd | 1.00 | 1.00 to 1.00 |" in text
     rows = {line.split(" | ")[0].strip("| "): line for line in text.splitlines() if line.startswith("| ")}
     assert "not installed" in rows["memcnn"]
-    assert "needs a GPU" in rows["save_on_cpu"]
     assert str(tmp_path) not in text
     for picture in ("bench-depth.png", "bench-frontier.png"):
         assert (page.parent / "images" / picture).stat().st_size > 10_000
         assert f"(images/{picture})" in text
+
+
+def test_a_curve_ends_before_the_memory_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def job(settings: Settings, spec: Spec, **what: object) -> dict[str, object]:
+        assert spec.depth < 40
+        return {"peak": 10**8 * spec.depth} if what["measure"] == "memory" else {PLAIN: {"seconds": [1.0]}}
+
+    monkeypatch.setattr("benchmarks.run.job", job)
+    stack = dataclasses.replace(WORKLOADS["stack"], quick_depths=(6, 18, 60, 100))
+    data = json.loads(run(stack, TINY, tmp_path, SETTINGS, [STACK[0]]).read_text())
+    assert data["depth"][PLAIN] == {
+        "6": {"peak": 6 * 10**8},
+        "18": {"peak": 18 * 10**8},
+        "60": {"unavailable": "not run: about 6 GB"},
+        "100": {"unavailable": "not run: about 10 GB"},
+    }
 
 
 def test_every_model_engine_trains() -> None:
