@@ -5,17 +5,17 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import product
+from itertools import pairwise, product
 from pathlib import Path
 
-import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.text import Text
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 from matplotlib.transforms import Bbox
-
-matplotlib.use("Agg")  # pictures go to files; no window is needed
 
 _COLOURS = {
     "autograd": "#555555",
@@ -44,21 +44,24 @@ def frontier(points: Sequence[Point], path: Path, *, title: str) -> None:
     figure = Figure(figsize=(8, 5.2), layout="constrained")
     axes = figure.subplots()
     budgets = sorted((p for p in points if p.family == "budget"), key=lambda p: p.megabytes)
-    axes.plot([p.megabytes for p in budgets], [p.ratio for p in budgets], color=_COLOURS["budget"], zorder=1)
+    (line,) = axes.plot([p.megabytes for p in budgets], [p.ratio for p in budgets], color=_COLOURS["budget"], zorder=1)
     for p in points:
         axes.plot(p.megabytes, p.ratio, color=_COLOURS[p.family], marker="o", markersize=6, linestyle="")
     axes.set(xscale="log", xlabel="peak memory of a step (MB)", ylabel="time of a step / plain autograd", title=title)
     axes.margins(x=0.12, y=0.1)
     _plain_numbers(axes.xaxis)
     axes.grid(alpha=0.25, which="major")
-    _label(figure, axes, points)
+    _label(figure, axes, points, line)
     figure.savefig(path, dpi=150)
 
 
-def _label(figure: Figure, axes: Axes, points: Sequence[Point]) -> None:
+def _label(figure: Figure, axes: Axes, points: Sequence[Point], line: Line2D) -> None:
     """Names beside the points, each at the first place around its point where it covers nothing."""
     figure.draw_without_rendering()
+    renderer = FigureCanvasAgg(figure).get_renderer()
     dots = [axes.transData.transform((p.megabytes, p.ratio)) for p in points]
+    corners = axes.transData.transform(line.get_xydata())
+    dots += [a + (b - a) * i / 20 for a, b in pairwise(corners) for i in range(20)]
     taken = [Bbox.from_bounds(x - 4, y - 4, 8, 8) for x, y in dots]
     sides = (("left", 8), ("right", -8), ("center", 0))
     places = sorted(product((0, 12, -12, 24, -24, 36, -36, 48, -48), sides), key=lambda place: abs(place[0]))
@@ -67,7 +70,7 @@ def _label(figure: Figure, axes: Axes, points: Sequence[Point]) -> None:
             if not shift and not rise:
                 continue
             label = axes.annotate(
-                p.name,
+                p.name.removeprefix("revify, ") if p.family == "budget" else p.name,
                 (p.megabytes, p.ratio),
                 (shift, rise),
                 textcoords="offset points",
@@ -78,8 +81,9 @@ def _label(figure: Figure, axes: Axes, points: Sequence[Point]) -> None:
                 arrowprops={"arrowstyle": "-", "color": "#bbbbbb", "linewidth": 0.6} if rise else None,
             )
             label.set_in_layout(False)
-            box = label.get_window_extent()
-            inside = axes.bbox.x0 <= box.x0 and box.x1 <= axes.bbox.x1
+            label.update_positions(renderer)
+            box = Text.get_window_extent(label)  # without the line to the point
+            inside = axes.bbox.containsx(box.x0) and axes.bbox.containsx(box.x1) and axes.bbox.containsy(box.y0)
             if (inside and not any(box.overlaps(other) for other in taken)) or (rise, (side, shift)) == places[-1]:
                 taken.append(box)
                 break
