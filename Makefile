@@ -22,7 +22,7 @@ test-all: $(READY)  ## The tests with the slow ones, and many more random cases.
 demo: $(READY)  ## Trains a ResNet and its conversion on real digits; results in demo-output/.
 	$(BIN)/revify demo $(ARGS)
 
-bench: $(READY)
+bench: $(READY)  ## Time and memory of a step, by each engine; writes docs/benchmarks.md (ARGS=--quick: a try).
 	$(BIN)/python -m benchmarks $(ARGS)
 
 docs: $(READY)  ## The documentation, in site/.

@@ -1,0 +1,112 @@
+"""The benchmarks run, at a tiny size: nothing here depends on how long anything takes."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+
+from benchmarks.engines import MODELS, PLAIN, STACK, Engine, peer
+from benchmarks.measure import memory, times
+from benchmarks.render import BEGIN, END, render
+from benchmarks.run import Settings, run
+from benchmarks.workloads import WORKLOADS, Spec
+
+TINY = Spec("stack", depth=2, batch=2, pixels=8)
+SETTINGS = Settings(quick=True, threads=1, processes=1, rounds=2)
+
+
+@pytest.mark.parametrize(
+    "engine",
+    [
+        pytest.param(e, id=e.name, marks=pytest.mark.filterwarnings("ignore") if e.family == "peer" else ())
+        for e in STACK
+        if not e.compiled and e.name != "momentumnet"
+    ],
+)
+def test_engines_compute_the_same_loss_and_gradients(engine: Engine) -> None:
+    results = times(TINY, [next(e for e in STACK if e.name == PLAIN), engine], rounds=1)
+    plain, result = results[PLAIN], results[engine.name]
+    if "unavailable" in result:
+        pytest.skip(result["unavailable"])
+    near = 1e-3 if "exact" in engine.name else 1e-5  # a grid of 2^-13
+    assert result["loss"] == pytest.approx(plain["loss"], rel=near)
+    assert result["gradient_norm"] == pytest.approx(plain["gradient_norm"], rel=near)
+
+
+def test_memory_of_a_step() -> None:
+    kept = {}
+    for engine in STACK:
+        if engine.name in (PLAIN, "revify"):
+            result = memory(TINY, engine)
+            assert result["peak"] is None or result["peak"] >= 0
+            assert result["counted"] >= result["kept"]
+            kept[engine.name] = result["kept"]
+    assert kept["revify"] == 2 * 4 * 2 * 16 * 8 * 8  # the final state
+    assert kept[PLAIN] > kept["revify"]
+
+
+def test_what_cannot_run_says_why() -> None:
+    def broken(_: object) -> None:
+        raise ValueError("cannot do\nthat")
+
+    absent = Engine("absent", "peer", lambda problem: peer("no_such_library"))
+    wrong = Engine("wrong", "peer", broken)  # type: ignore[arg-type]
+    results = times(TINY, [STACK[0], absent, wrong], rounds=1)
+    assert len(results[PLAIN]["seconds"]) == 1
+    assert results["absent"] == memory(TINY, absent) == {"unavailable": "not installed"}
+    assert results["wrong"] == {"error": "ValueError: cannot do"}
+
+
+def test_the_page(tmp_path: Path) -> None:
+    """From processes to pictures; an engine without a figure has a row, and hand-written text stays."""
+    stack = dataclasses.replace(WORKLOADS["stack"], quick_depths=(2,))
+    chosen = [e for e in STACK if e.name in (PLAIN, "revify")]
+    figures = run(stack, TINY, tmp_path, SETTINGS, chosen)
+    data = json.loads(figures.read_text())
+    data["times"]["memcnn"], data["memory"]["memcnn"] = [{"unavailable": "not installed"}], {}
+    for results in (data["memory"], *data["depth"].values()):
+        for result in results.values():
+            if "peak" in result:
+                result["peak"] = result["peak"] or 10**6  # a step this small may not raise the process's peak
+    figures.write_text(json.dumps(data))
+    page = tmp_path / "docs" / "page.md"
+    page.parent.mkdir()
+    page.write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n")
+    for _ in range(2):  # rendering again changes nothing
+        render(tmp_path, page)
+        text = page.read_text()
+        assert text.startswith("before\n")
+        assert text.endswith("\nafter\n")
+        assert "old" not in text
+    assert "| plain autograd | 1.00 | 1.00 to 1.00 |" in text
+    rows = {line.split(" | ")[0].strip("| "): line for line in text.splitlines() if line.startswith("| ")}
+    assert "not installed" in rows["memcnn"]
+    assert str(tmp_path) not in text
+    for picture in ("bench-depth.png", "bench-frontier.png"):
+        assert (page.parent / "images" / picture).stat().st_size > 10_000
+        assert f"(images/{picture})" in text
+
+
+def test_a_curve_ends_before_the_memory_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def job(settings: Settings, spec: Spec, **what: object) -> dict[str, object]:
+        assert spec.depth < 40
+        return {"peak": 10**8 * spec.depth} if what["measure"] == "memory" else {PLAIN: {"seconds": [1.0]}}
+
+    monkeypatch.setattr("benchmarks.run.job", job)
+    stack = dataclasses.replace(WORKLOADS["stack"], quick_depths=(6, 18, 60, 100))
+    data = json.loads(run(stack, TINY, tmp_path, SETTINGS, [STACK[0]]).read_text())
+    assert data["depth"][PLAIN] == {
+        "6": {"peak": 6 * 10**8},
+        "18": {"peak": 18 * 10**8},
+        "60": {"unavailable": "not run: about 6 GB"},
+        "100": {"unavailable": "not run: about 10 GB"},
+    }
+
+
+def test_every_model_engine_trains() -> None:
+    results = times(Spec("resnet110", 0, 2, 8), [e for e in MODELS if not e.compiled], rounds=1, warm_up=1)
+    assert all(result.get("seconds") or "unavailable" in result for result in results.values()), results
+    assert results["checkpoint, each block"]["loss"] == pytest.approx(results[PLAIN]["loss"], rel=1e-5)
