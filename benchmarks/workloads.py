@@ -71,8 +71,11 @@ def problem(spec: Spec) -> Problem:
 
 def _stack(spec: Spec) -> Problem:
     def branch() -> nn.Module:
-        conv = nn.Conv2d(WIDTH, WIDTH, 3, padding=1, bias=False)
-        return nn.Sequential(nn.BatchNorm2d(WIDTH), nn.ReLU(), conv).to(spec.device)
+        layers: list[nn.Module] = []
+        for _ in range(2):
+            conv = nn.Conv2d(WIDTH, WIDTH, 3, padding=1, bias=False)
+            layers += [nn.BatchNorm2d(WIDTH), nn.ReLU(), conv]
+        return nn.Sequential(*layers).to(spec.device)
 
     shape = (spec.batch, WIDTH, spec.pixels, spec.pixels)
     # They require grad, as the output of a stem does: some libraries start from that alone.
@@ -112,7 +115,7 @@ def _imagenet(name: str, title: str) -> Workload:
 _ALL = (
     Workload(
         "stack",
-        f"A stack of couplings: BN-ReLU-3x3 branches of {WIDTH} channels",
+        f"A stack of couplings: branches of BN-ReLU-3x3, twice, with {WIDTH} channels",
         _stack,
         batch=64,
         quick_batch=16,

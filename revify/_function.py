@@ -175,7 +175,9 @@ def _replay(
         inputs = [x.detach().requires_grad_(need) for x, need in zip(inputs, need_inputs, strict=True)]
         tensors = [_leaf(w, need) for w, need in zip(tensors, need_tensors, strict=True)]
     with torch.enable_grad():
-        y: Tensor = f.again(tensors, *_with_tensors(context, inputs), outputs=outputs)
+        y: Tensor = f.again(
+            tensors, *_with_tensors(context, inputs), outputs=outputs, differentiable_twice=create_graph
+        )
     needs = [*need_inputs, *need_tensors]
     wanted = [x for x, need in zip([*inputs, *tensors], needs, strict=True) if need]
     edge = get_gradient_edge(y) if y.requires_grad and wanted else None

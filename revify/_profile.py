@@ -19,7 +19,7 @@ from torch.utils.flop_counter import flop_registry, sdpa_flop_count
 from revify._budget import Output
 from revify._memory import kept_bytes
 from revify._replay import Evaluation
-from revify._tape import DEAR, Recording
+from revify._tape import Recording
 
 FLOPS_PER_BYTE = 20
 
@@ -43,8 +43,8 @@ def measure(module: nn.Module, x: Tensor, *context: Any) -> tuple[Tensor, float,
     kept = kept_bytes(forward, exclude=tensors)
     outputs = tuple(
         Output(number, sum(_bytes(t) for t in given if t is not None), counting.works[number])
-        for number, (op, _, given) in enumerate(counting.tape().entries)
-        if op in DEAR and given is not None
+        for number, (_, _, given) in enumerate(counting.tape().entries)
+        if given is not None
     )
     return results[0], counting.work, kept, outputs
 

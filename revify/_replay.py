@@ -11,22 +11,24 @@ model to be afterwards as if it had been evaluated once, the second evaluation
 4. draws the same random numbers and puts the generators back as they were;
 5. runs under the same autocast state. The cache of cast weights is off in both evaluations: a cast that was
    cached without a graph would cut the gradient of every later use of the weight;
-6. is spared what the first one has taped (`_tape`).
+6. is spared what the first one has left it (`_statistics`, `_tape`).
 """
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from revify import _statistics, _tape
 from revify._fake import has_values
 from revify._region import Region
-from revify._tape import WORTHWHILE, Recording, Replaying, Tape
+from revify._statistics import WORTHWHILE, Statistics
+from revify._tape import Tape
 
 _thread = threading.local()
 
@@ -70,6 +72,7 @@ class Evaluation:
         self.buffers: list[dict[str, tuple[Tensor, Tensor]]] = [{} for _ in self.modules]
         self.random: RandomState = []
         self.autocast: AutocastState = []
+        self.statistics: Statistics = []
         self.tape = Tape()
         self.tensors: list[Tensor] = []
         self._index: dict[int, int] = {}
@@ -88,17 +91,18 @@ class Evaluation:
         return index
 
     def first(self, *inputs: Any, keep: Collection[int] = ()) -> Any:
-        """``keep``: the operations whose outputs to tape, by number."""
+        """``keep``: the operations whose outputs to keep in the tape, by number."""
         device = inputs[0].device
         self.buffers = [self._changing_buffers(m) for m in self.modules]
         versions = [{name: live._version for name, (live, _) in kept.items()} for kept in self.buffers]
         self.random = _random_state(inputs[0])
         self.autocast = autocast_state(device)
-        recording = Recording(keep) if keep or self._has_statistics(inputs[0]) else None
-        with _autocast(self.autocast), recording or nullcontext():
+        statistics = _statistics.Recording() if self._has_statistics(inputs[0]) else None
+        outputs = _tape.Recording(keep) if keep else None
+        with _autocast(self.autocast), statistics or nullcontext(), outputs or nullcontext():
             output = run_on(self.function, self.operands, inputs)
-        if recording is not None:
-            self.tape = recording.tape()
+        self.statistics = [] if statistics is None else statistics.statistics
+        self.tape = Tape() if outputs is None else outputs.tape()
         # What did not change need not be kept: `again` copies the live buffer.
         for module, kept, version in zip(self.modules, self.buffers, versions, strict=True):
             for name, (live, _) in list(kept.items()):
@@ -108,7 +112,7 @@ class Evaluation:
         return output
 
     def _has_statistics(self, x: Tensor) -> bool:
-        """Whether there may be batch statistics to tape, and the input is large enough for it to be worth while."""
+        """Whether there may be batch statistics to record, and the input is large enough for it to be worth while."""
         if x.device.type != "cpu" or x.numel() < WORTHWHILE:
             return False
         return any(
@@ -116,7 +120,13 @@ class Evaluation:
             for module, training in zip(self.modules, self.training, strict=True)
         )
 
-    def again(self, tensors: Sequence[Tensor], *inputs: Any, outputs: Sequence[Tensor | None] = ()) -> Any:
+    def again(
+        self,
+        tensors: Sequence[Tensor],
+        *inputs: Any,
+        outputs: Sequence[Tensor | None] = (),
+        differentiable_twice: bool = False,
+    ) -> Any:
         """``tensors`` in the place of the parameters; ``outputs`` are those taken from the tape."""
         stand_ins: dict[int, nn.Module] = {}
         for position, module in enumerate(self.modules):
@@ -129,8 +139,12 @@ class Evaluation:
         operands: list[nn.Module | Tensor] = [
             tensors[self._index[id(x)]] if isinstance(x, Tensor) else stand_ins.get(id(x), x) for x in self.operands
         ]
-        replaying = Replaying(self.tape.with_outputs(outputs)) if self.tape.entries else nullcontext()
-        with _replaying(), _random(self.random), _autocast(self.autocast), replaying:
+        spared = ExitStack()
+        if self.statistics and not differentiable_twice:
+            spared.enter_context(_statistics.Replaying(self.statistics))
+        if self.tape.entries:
+            spared.enter_context(_tape.Replaying(self.tape.with_outputs(outputs)))
+        with spared, _replaying(), _random(self.random), _autocast(self.autocast):
             return run_on(self.function, operands, inputs)
 
     @staticmethod
