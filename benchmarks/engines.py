@@ -54,17 +54,19 @@ class Coupled(nn.Module):
 
 
 class Checkpointed(Coupled):
-    """The stack with ``length`` couplings in each checkpointed segment."""
+    """The stack with ``length`` couplings in each checkpointed segment, of the first ``part`` of all; the others are
+    stored."""
 
-    def __init__(self, branches: Iterable[nn.Module], length: int) -> None:
+    def __init__(self, branches: Iterable[nn.Module], length: int, part: float = 1.0) -> None:
         super().__init__(branches)
-        self.length = length
+        self.length, self.part = length, part
 
     def forward(self, x1: Tensor, x2: Tensor) -> tuple[Tensor, Tensor]:
         branches = list(self.branches)
-        for i in range(0, len(branches), 2 * self.length):
+        end = 2 * round(self.part * len(branches) / 2)
+        for i in range(0, end, 2 * self.length):
             x1, x2 = checkpoint(_updates, branches[i : i + 2 * self.length], x1, x2, use_reentrant=False)
-        return x1, x2
+        return _updates(branches[end:], x1, x2)
 
 
 def _updates(branches: Sequence[nn.Module], x1: Tensor, x2: Tensor) -> tuple[Tensor, Tensor]:
@@ -75,6 +77,10 @@ def _updates(branches: Sequence[nn.Module], x1: Tensor, x2: Tensor) -> tuple[Ten
 
 def _square_root(problem: Problem) -> nn.Module:
     return Checkpointed(problem.branches, math.ceil(math.sqrt(len(problem.branches) / 2)))
+
+
+def _checkpoint_part(part: float) -> Callable[[Problem], nn.Module]:
+    return lambda problem: Checkpointed(problem.branches, 1, part)
 
 
 def _checkpoint_blocks(problem: Problem) -> nn.Module:
@@ -213,6 +219,10 @@ _BN_TWICE = "batch norm counts every batch twice"
 STACK = (
     Engine(PLAIN, "autograd", _plain),
     Engine("checkpoint, each coupling", "checkpoint", lambda p: Checkpointed(p.branches, 1), remark=_BN_TWICE),
+    *(
+        Engine(f"checkpoint, {part:.0%} of the couplings", "checkpoint", _checkpoint_part(part), remark=_BN_TWICE)
+        for part in (0.75, 0.5, 0.25)
+    ),
     Engine("checkpoint, square root", "checkpoint", _square_root, remark=_BN_TWICE),
     Engine("save_on_cpu", "autograd", lambda p: OffloadedToCpu(_plain(p))),
     Engine("compiled plain", "compile", _compiled(_plain), compiled=True, counted=False),
