@@ -36,15 +36,16 @@ def render(output: Path, page: Path) -> None:
 
 
 def _kind(data: Figures) -> str:
-    amp = data["spec"]["amp"]
-    return str(data["spec"]["device"]).partition(":")[0] + (f"-{amp}" if amp else "")
+    amp, keeps = data["spec"]["amp"], data["settings"].get("keep_freed")
+    kind = str(data["spec"]["device"]).partition(":")[0]
+    return kind + (f"-{amp}" if amp else "") + ("-keep-freed" if keeps else "")
 
 
 def _section(data: Figures, page: Path) -> Iterable[str]:
     spec, times = data["spec"], data["times"]
     suffix = "" if _kind(data) == "cpu" else f"-{_kind(data)}"
     known = engines(spec["workload"])
-    yield f"## {data['title']}" + (f", {_kind(data)}" if suffix else "")
+    yield f"## {data['title']}" + (f" ({_kind(data)})" if suffix else "")
     yield _circumstances(data)
     rows = {name: _row(name, known.get(name), data) for name in times}
     header = ("engine", "time / plain", "between processes", "peak of a step", "peak / plain", "kept", "peak, counted")
@@ -85,6 +86,7 @@ def _circumstances(data: Figures) -> str:
     arguments += ["--quick"] if settings["quick"] else []
     arguments += [f"--device {spec['device']}"] if spec["device"] != "cpu" else []
     arguments += [f"--amp {spec['amp']}"] if spec["amp"] else []
+    arguments += ["--keep-freed"] if settings.get("keep_freed") else []
     arguments += [f"--threads {settings['threads']}"] if settings["threads"] else []
     size = f"batch of {spec['batch']}, {spec['pixels']}x{spec['pixels']} pixels"
     if spec["depth"]:

@@ -39,6 +39,7 @@ class Settings:
     rounds: int | None = None
     memory_limit: float = 4e9  # bytes above which the curve against depth does not follow an engine
     largest_in: float | None = None  # bytes of GPU memory to fill with the largest batch
+    keep_freed: bool = False  # times with a C library that keeps freed memory; no curves
 
 
 class Results:
@@ -46,6 +47,7 @@ class Results:
 
     def __init__(self, output: Path, workload: Workload, spec: Spec, settings: Settings) -> None:
         kind = spec.device.partition(":")[0] + (f"-{spec.amp}" if spec.amp else "")
+        kind += "-keep-freed" if settings.keep_freed else ""
         self.path = output / f"{kind}-{workload.name}.json"
         self.data: dict[str, Any] = {
             "environment": environment(settings),
@@ -72,7 +74,7 @@ def run(workload: Workload, spec: Spec, output: Path, settings: Settings, chosen
     chosen = list(chosen) or [e for e in engines(workload.name).values() if compiles or not e.compiled]
     processes = settings.processes or (2 if settings.quick else workload.processes)
     rounds = settings.rounds or (3 if settings.quick else workload.rounds)
-    depths = workload.quick_depths if settings.quick else workload.depths
+    depths = () if settings.keep_freed else workload.quick_depths if settings.quick else workload.depths
     curves = [engine for engine in chosen if depths and not engine.compiled]
     fill = chosen if settings.largest_in and settings.device.startswith("cuda") and not workload.depth else []
     results = Results(output, workload, spec, settings)
@@ -127,6 +129,8 @@ def job(settings: Settings, spec: Spec, **what: Any) -> Result:
     if what["measure"] == "memory":
         # Freed memory goes back at once: what the C library holds in reserve is no one's need.
         variables |= {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
+    elif settings.keep_freed:
+        variables |= {"MALLOC_MMAP_THRESHOLD_": str(2**25), "MALLOC_TRIM_THRESHOLD_": str(2**40)}
     task = json.dumps({"spec": dataclasses.asdict(spec), "threads": settings.threads, **what})
     command = [sys.executable, "-m", "benchmarks.measure", task]
     process = subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True)

@@ -19,19 +19,16 @@ The computation is that of `_function`, whose means (stand-ins, generator states
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.stateless import _reparametrize_module
 
+from revify._compiled_evaluation import CompiledEvaluation
 from revify._coupling import Coupling
 from revify._draws import Random, Repeatable
 from revify._function import Enter, check_branch, shadow_of
-from revify._opaque import after, check, copied, samples
-from revify._region import Region
-from revify._replay import BATCH_STATISTICS, run_on
+from revify._opaque import after, check, samples
 
 if TYPE_CHECKING:
     from revify._chain import ReversibleChain
@@ -61,9 +58,9 @@ def run_chain(
             shadow[1], shadow[2] = Enter.apply(*_distinct([anchor, x[1], x[2]]))
         skip = f = None
         if step.skip is not None:
-            skip = _Evaluation(step.name, step.skip, random, coupling.read(x[p]), ())
+            skip = CompiledEvaluation(step.name, step.skip, random, coupling.read(x[p]), ())
         if step.branch is not None:
-            f = _Evaluation(step.name, step.branch, random, coupling.read(x[q]), step.of_branch(context))
+            f = CompiledEvaluation(step.name, step.branch, random, coupling.read(x[q]), step.of_branch(context))
         kept = [*(skip.tensors if skip is not None else ()), *(f.tensors if f is not None else ())]
         if guarded:
             kept.append(samples(x[1].detach(), x[2].detach()))
@@ -80,7 +77,7 @@ def run_chain(
 def recompute(function: nn.Module, *inputs: Tensor) -> Tensor:
     """``function(*inputs)``, of which the inputs alone are kept."""
     random = Random(inputs[0].device)
-    f = _Evaluation("the stem", function, random, inputs[0], inputs[1:])
+    f = CompiledEvaluation("the stem", function, random, inputs[0], inputs[1:])
     output: Tensor = _Recompute.apply(f, *_distinct([f.output, inputs[0], *f.tensors]))
     return output
 
@@ -106,8 +103,8 @@ class _Update:
         name: str,
         coupling: Coupling,
         writes: int,
-        skip: _Evaluation | None,
-        f: _Evaluation | None,
+        skip: CompiledEvaluation | None,
+        f: CompiledEvaluation | None,
         guarded: bool,
     ) -> None:
         self.name, self.coupling, self.writes = name, coupling, writes
@@ -178,7 +175,7 @@ class _Recompute(torch.autograd.Function):
     """``apply(f, f(x), x, *tensors) -> f(x)``."""
 
     @staticmethod
-    def forward(ctx: Any, f: _Evaluation, y: Tensor, x: Tensor, *tensors: Tensor) -> Tensor:
+    def forward(ctx: Any, f: CompiledEvaluation, y: Tensor, x: Tensor, *tensors: Tensor) -> Tensor:
         ctx.f = f
         ctx.save_for_backward(x, *tensors)
         return y.clone()
@@ -201,129 +198,3 @@ def _distinct(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
             seen.append(x)
         found.append(x)
     return found
-
-
-# A second evaluation --------------------------------------------------------------------------------------
-
-
-class _Evaluation:
-    """``function(x, *context)``, evaluated once without a graph; `again` repeats it in the backward pass.
-
-    ``tensors`` is what `again` needs besides x: the context's tensors, the parameters, those buffers on which the
-    output may depend and which the first evaluation may change, and the seed where numbers were drawn.
-    """
-
-    def __init__(self, where: str, function: nn.Module, random: Random, x: Tensor, context: Sequence[Any]) -> None:
-        self.where, self.function = where, function
-        x_needs = x.requires_grad
-        self.operands: list[Any] = function.operands() if isinstance(function, Region) else [function]
-        self.constants = [None if isinstance(c, Tensor) else (c,) for c in context]
-        self.places: list[tuple[int, str]] = []
-        self.tensors: list[Tensor] = [c for c in context if isinstance(c, Tensor)]
-        for i, operand in enumerate(self.operands):
-            if isinstance(operand, Tensor):
-                self._add(i, "", operand)
-                continue
-            for name, parameter in operand.named_parameters():
-                self._add(i, name, parameter)
-            for name, module, buffer in _buffers_in_training(operand):
-                if type(module) not in BATCH_STATISTICS:
-                    copy, zero = copied(buffer, x.detach())
-                    self._add(i, name, copy)
-                    x = x + zero
-        self.needs = [x_needs, *(t.requires_grad for t in self.tensors)]
-        self.autocast = _autocast_state(x.device.type)
-        self.first_call = random.calls
-        with torch.no_grad(), _autocast(self.autocast), Repeatable(random, where):
-            self.output = run_on(self.function, self.operands, (x, *context))
-        self.draws = random.calls > self.first_call
-        if self.draws and random.seed is not None:
-            self.tensors.append(random.seed)
-            self.needs.append(False)
-
-    def _add(self, operand: int, name: str, tensor: Tensor) -> None:
-        self.places.append((operand, name))
-        self.tensors.append(tensor)
-
-    def again(self, x: Tensor, tensors: Sequence[Tensor]) -> tuple[Tensor, Any]:
-        """The output, and a function from its gradient to those of x and the tensors."""
-        given = [x, *tensors]
-        if self.draws:  # what depends on the seed alone would be moved to the forward pass, and the masks kept
-            given[-1] = given[-1] + after(x, x).to(torch.int64)
-        wanted = [i for i, need in enumerate(self.needs) if need]
-
-        def function(*active: Tensor) -> Any:
-            values = list(given)
-            for i, value in zip(wanted, active, strict=True):
-                values[i] = value
-            return self._again(values)
-
-        if not wanted:
-            with torch.no_grad():
-                return self._again(given), lambda dy: [None] * len(given)
-        pair: Any = torch.func.vjp(function, *(given[i] for i in wanted))
-        y, vjp = pair
-
-        def pull(dy: Tensor) -> list[Tensor | None]:
-            gradients: list[Tensor | None] = [None] * len(given)
-            for i, gradient in zip(wanted, vjp(dy.to(y.dtype)), strict=True):
-                gradients[i] = gradient
-            return gradients
-
-        return y, pull
-
-    def _again(self, values: list[Tensor]) -> Any:
-        x, *tensors = values
-        random = Random(x.device)
-        if self.draws:
-            random.seed = tensors.pop()
-        random.calls = self.first_call
-        context = [tensors.pop(0) if c is None else c[0] for c in self.constants]
-        operands = list(self.operands)
-        stand_ins: list[dict[str, Tensor]] = [{} for _ in operands]
-        for (i, name), tensor in zip(self.places, tensors, strict=True):
-            if name:
-                stand_ins[i][name] = tensor
-            else:
-                operands[i] = tensor
-        for operand, stand_in in zip(operands, stand_ins, strict=True):
-            if isinstance(operand, nn.Module):
-                for name, module, buffer in _buffers_in_training(operand):
-                    # of batch norms only their place is needed, which costs no memory
-                    if type(module) in BATCH_STATISTICS:
-                        stand_in[name] = torch.zeros(buffer.shape, dtype=buffer.dtype, device=buffer.device)
-                    else:
-                        stand_in[name] = stand_in[name].clone()
-
-        def run(i: int) -> Any:
-            if i == len(operands):
-                return run_on(self.function, operands, (x, *context))
-            if not stand_ins[i]:
-                return run(i + 1)
-            with _reparametrize_module(operands[i], stand_ins[i], tie_weights=True, stack_weights=True):
-                return run(i + 1)
-
-        with _autocast(self.autocast), Repeatable(random, self.where):
-            return run(0)
-
-
-def _buffers_in_training(operand: nn.Module) -> list[tuple[str, nn.Module, Tensor]]:
-    """The buffers that an evaluation may change."""
-    return [
-        (f"{path}.{name}" if path else name, module, buffer)
-        for path, module in operand.named_modules()
-        if module.training
-        for name, buffer in module._buffers.items()
-        if buffer is not None
-    ]
-
-
-def _autocast_state(device_type: str) -> tuple[str, torch.dtype] | None:
-    if device_type == "meta" or not torch.is_autocast_enabled(device_type):
-        return None
-    return device_type, torch.get_autocast_dtype(device_type)
-
-
-def _autocast(state: tuple[str, torch.dtype] | None) -> AbstractContextManager[Any]:
-    """Without the cache of cast weights, which would hand the first evaluation's, without a graph, to the next."""
-    return nullcontext() if state is None else torch.autocast(state[0], state[1], cache_enabled=False)

@@ -18,11 +18,12 @@ from torch import Tensor, fx, nn
 
 from revify import _resize
 from revify._budget import Budget
-from revify._chain import Recomputed, ReversibleChain, Step
+from revify._chain import Recomputed, ReversibleChain
 from revify._operations import Operations, activate
 from revify._plan import ChainPlan, Piece, Plan
 from revify._region import Code, Region, imported
 from revify._report import Report
+from revify._step import Step
 
 
 class Converted(nn.Module):

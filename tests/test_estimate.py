@@ -314,8 +314,10 @@ print(status("VmHWM") - before, found.peak - found.parameters - inputs.nbytes)
 @pytest.mark.parametrize(
     ("make", "inputs", "workspace"),
     [
-        ("torchvision.models.resnet50()", "torch.randn(16, 3, 224, 224)", 0.15),
-        ("revify.models.resnet110()", "torch.randn(64, 3, 32, 32)", 0.15),
+        ("torchvision.models.resnet18()", "torch.randn(16, 3, 224, 224)", 0.1),
+        ("torchvision.models.resnet50()", "torch.randn(16, 3, 224, 224)", 0.1),
+        ("torchvision.models.regnet_y_400mf()", "torch.randn(16, 3, 224, 224)", 0.1),
+        ("revify.models.resnet110()", "torch.randn(64, 3, 32, 32)", 0.1),
         ("torchvision.models.VisionTransformer(96, 16, 6, 4, 192, 768)", "torch.randn(64, 3, 96, 96)", 0.05),
         ("test_estimate.ResidualMLP()", "torch.randn(60000, 20)", 0.05),
     ],
