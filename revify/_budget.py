@@ -9,8 +9,8 @@ For each update there are three ways, from the flat one up:
    nearest the loss: what they keep is freed first, and the state need not be reconstructed across them.
 
 A convolution's output is one tensor, and spares a convolution; all that plain autograd keeps of a branch is about
-twice as much, and spares a norm and an activation more. So outputs go first by work per byte, and how many updates to
-store is tried.
+twice as much, and spares a norm and an activation more. Which pays depends on the convolution. So outputs go by work
+saved per byte, and how many updates to store is tried.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _TRIES = 64  # numbers of stored updates, evenly spread
 
 @dataclass(frozen=True)
 class Output:
-    """What an operation, the ``number``-th of its branch, returns: its bytes, and the work of computing it."""
+    """What an operation, the ``number``-th of its branch, returns: its bytes, and the work that keeping it saves."""
 
     number: int
     bytes: int
@@ -91,7 +91,7 @@ def choose(costs: Sequence[Cost], budget: float) -> Choice:
     work = sum(cost.work for cost in costs)
     if budget >= plain:
         return Choice((), len(costs), plain, plain, 0.0)
-    outputs = [(i, output) for i, cost in enumerate(costs) for output in cost.outputs if output.bytes]
+    outputs = [(i, output) for i, cost in enumerate(costs) for output in cost.outputs]
     outputs.sort(key=lambda item: (-item[1].work / item[1].bytes, -item[0]))
     best: Choice | None = None
     for inverted in sorted({round(len(costs) * k / _TRIES) for k in range(1, _TRIES + 1)}, reverse=True):

@@ -22,6 +22,7 @@ from revify._replay import Evaluation
 from revify._tape import Recording
 
 FLOPS_PER_BYTE = 20
+OVERHEAD = 1e6  # of keeping an output, in bytes moved: looking at the operations around it
 
 
 def measure(module: nn.Module, x: Tensor, *context: Any) -> tuple[Tensor, float, int, tuple[Output, ...]]:
@@ -41,12 +42,13 @@ def measure(module: nn.Module, x: Tensor, *context: Any) -> tuple[Tensor, float,
         return y
 
     kept = kept_bytes(forward, exclude=tensors)
-    outputs = tuple(
-        Output(number, sum(_bytes(t) for t in given if t is not None), counting.works[number])
-        for number, (_, _, given) in enumerate(counting.tape().entries)
-        if given is not None
-    )
-    return results[0], counting.work, kept, outputs
+    outputs = []
+    for number, (_, _, given) in enumerate(counting.tape().entries):
+        size = sum(_bytes(t) for t in given or () if t is not None)
+        saved = counting.works[number] - size - OVERHEAD  # what was kept must be fetched
+        if size and saved > 0:
+            outputs.append(Output(number, size, saved))
+    return results[0], counting.work, kept, tuple(outputs)
 
 
 class _Counting(Recording):

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import revify
-from revify import ReversibleChain
+from revify import ReversibleChain, _profile
 from revify._budget import Cost, Output, choose
 from revify._coupling import Coupling
 from revify.models import cifar_resnet
@@ -69,6 +69,21 @@ def test_a_choice_keeps_to_its_budget_and_more_memory_is_never_slower(
 # Chains and models ------------------------------------------------------------------------------------------
 
 
+@pytest.fixture(autouse=True)
+def _small_outputs_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_profile, "OVERHEAD", 0)
+
+
+def test_what_costs_more_to_keep_than_to_compute_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    chain = ReversibleChain([branch() for _ in range(6)], memory_budget=0.5)
+    run(chain, torch.randn(2, 4, 8, 8))
+    assert chain.planner is not None
+    assert chain.planner.last is not None
+    assert not any(chain.planner.last.keep)
+    assert chain.planner.last.stored == 2
+
+
 def branch(width: int = 4) -> nn.Sequential:
     return nn.Sequential(
         nn.BatchNorm2d(width),
@@ -111,6 +126,9 @@ def test_any_budget_gives_the_same_gradients_and_is_kept_to(budget: float) -> No
     found, expected = run(chain, x), run(flat, x)
     assert len(found) == len(expected) > 100
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    assert chain.planner is not None
+    assert chain.planner.last is not None
+    assert any(chain.planner.last.keep) == (0.05 < budget < 0.95 or budget == 40_000)
     with revify.store_activations(stored):
         plain = kept(stored, x)
     least, now = kept(flat, x), kept(chain, x)
