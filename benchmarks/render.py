@@ -45,7 +45,8 @@ def _section(data: Figures, page: Path) -> Iterable[str]:
     spec, times = data["spec"], data["times"]
     suffix = "" if _kind(data) == "cpu" else f"-{_kind(data)}"
     known = engines(spec["workload"])
-    yield f"## {data['title']}" + (f" ({_kind(data)})" if suffix else "")
+    keeps = ", with a C library that keeps freed memory" if data["settings"].get("keep_freed") else ""
+    yield f"## {data['title']}{keeps}" + (f" ({_kind(data)})" if suffix and not keeps else "")
     yield _circumstances(data)
     rows = {name: _row(name, known.get(name), data) for name in times}
     header = ("engine", "time / plain", "between processes", "peak of a step", "peak / plain", "kept", "peak, counted")

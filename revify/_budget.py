@@ -76,9 +76,13 @@ class Choice:
 
     def __str__(self) -> str:
         partly = sum(bool(numbers) for numbers in self.keep)
+        ways = [
+            (self.stored, f"the last {self.stored} stored"),
+            (partly, f"{partly} with outputs of {sum(map(len, self.keep))} operations kept"),
+            (len(self.keep) - partly, f"{len(self.keep) - partly} with nothing kept"),
+        ]
         return (
-            f"of {self.updates} updates the last {self.stored} are stored, {partly} keep outputs of "
-            f"{sum(map(len, self.keep))} operations, {len(self.keep) - partly} keep nothing; "
+            f"of {self.updates} updates {', '.join(words for count, words in ways if count)}; "
             f"{self.kept / 1e6:,.1f} MB of {self.plain / 1e6:,.1f} MB, "
             f"{self.again:.0%} of the forward pass is computed again"
         )
