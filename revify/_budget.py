@@ -92,7 +92,7 @@ def choose(costs: Sequence[Cost], budget: float) -> Choice:
     """The least work that the backward pass does again with ``budget`` bytes. Where the updates that are
     inverted end, their state is kept. If the budget is too small for anything, everything is inverted."""
     plain = sum(cost.stored for cost in costs)
-    work = sum(cost.work for cost in costs)
+    work = sum(cost.work for cost in costs) or 1.0
     if budget >= plain:
         return Choice((), len(costs), plain, plain, 0.0)
     outputs = [(i, output) for i, cost in enumerate(costs) for output in cost.outputs]
@@ -111,7 +111,7 @@ def choose(costs: Sequence[Cost], budget: float) -> Choice:
                 kept += output.bytes
                 again -= output.work
         if best is None or again / work < best.again:
-            best = Choice(tuple(tuple(sorted(n)) for n in keep), len(costs), kept, plain, again / work if work else 0.0)
+            best = Choice(tuple(tuple(sorted(n)) for n in keep), len(costs), kept, plain, again / work)
     assert best is not None
     return best
 
@@ -139,16 +139,16 @@ class Planner:
         budget.planners.append(self)
         self.plain = 0.0  # the bytes of plain autograd for the input of this step; 0: not known yet
         self.last: Choice | None = None
-        self._measured: dict[Hashable, tuple[int, list[Cost]]] = {}
+        self._measured: dict[Hashable, tuple[int, int, list[Cost]]] = {}  # with the size and the plain bytes then
         self._choices: dict[Hashable, Choice] = {}
 
     def choice(self, kind: Hashable, size: int, measure: Callable[[], list[Cost]]) -> Choice:
         """The choice for an input of a kind (its shape but for the batch, dtypes) and of a size, in proportion to which
         the bytes are. ``measure`` gives the costs, and is called once for each kind."""
         if kind not in self._measured:
-            self._measured[kind] = size, measure()
-        measured_at, costs = self._measured[kind]
-        plain = sum(cost.stored for cost in costs)
+            costs = measure()
+            self._measured[kind] = size, sum(cost.stored for cost in costs), costs
+        measured_at, plain, costs = self._measured[kind]
         self.plain = plain * size / measured_at
         fraction = self.budget.fraction()
         key = kind, fraction

@@ -109,10 +109,10 @@ class Storages(TorchDispatchMode):
         return self._known.get(_storage(tensor))
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        for tensor in _tensors((args, kwargs)):
+        for tensor in tensors_in((args, kwargs)):
             self._meet(tensor, made=False)
         result = func(*args, **(kwargs or {}))
-        for tensor in _tensors(result):
+        for tensor in tensors_in(result):
             self._meet(tensor, made=True)
         return result
 
@@ -136,5 +136,5 @@ class Storages(TorchDispatchMode):
         self.now -= life.bytes
 
 
-def _tensors(tree: Any) -> Iterator[Tensor]:
+def tensors_in(tree: Any) -> Iterator[Tensor]:
     return (x for x in tree_leaves(tree) if isinstance(x, Tensor))

@@ -8,16 +8,14 @@ processor does while it moves a byte.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_flop_count
 
 from revify._budget import Output
-from revify._memory import kept_bytes
+from revify._memory import kept_bytes, tensors_in
 from revify._replay import Evaluation
 from revify._tape import Recording
 
@@ -44,7 +42,7 @@ def measure(module: nn.Module, x: Tensor, *context: Any) -> tuple[Tensor, float,
     kept = kept_bytes(forward, exclude=tensors)
     outputs = []
     for number, (_, _, given) in enumerate(counting.tape().entries):
-        size = sum(_bytes(t) for t in given or () if t is not None)
+        size = sum(t.nbytes for t in given or () if t is not None)
         saved = counting.works[number] - size - OVERHEAD  # what was kept must be fetched
         if size and saved > 0:
             outputs.append(Output(number, size, saved))
@@ -68,7 +66,7 @@ class _Counting(Recording):
 
 
 def _work(op: Any, args: Any, kwargs: Any, result: Any) -> float:
-    given, made = list(_tensors((args, kwargs))), list(_tensors(result))
+    given, made = list(tensors_in((args, kwargs))), list(tensors_in(result))
     storages = {x.untyped_storage()._cdata for x in given}
     if not op._schema.is_mutable and all(y.untyped_storage()._cdata in storages for y in made):
         return 0.0  # a view
@@ -77,16 +75,8 @@ def _work(op: Any, args: Any, kwargs: Any, result: Any) -> float:
         flops = flop_registry[op.overloadpacket](*args, **kwargs, out_val=result)
     elif "attention" in op.__name__:
         flops = sdpa_flop_count(*(x.shape for x in given[:3]))
-    return sum(_bytes(x) for x in (*given, *made)) + flops / FLOPS_PER_BYTE
+    return sum(x.nbytes for x in (*given, *made)) + flops / FLOPS_PER_BYTE
 
 
 def _leaf(x: Tensor) -> Tensor:
     return x.detach().requires_grad_(x.is_floating_point() or x.is_complex())
-
-
-def _bytes(x: Tensor) -> int:
-    return x.numel() * x.element_size()
-
-
-def _tensors(tree: Any) -> Iterator[Tensor]:
-    return (x for x in tree_leaves(tree) if isinstance(x, Tensor))
