@@ -11,7 +11,9 @@ The computation is that of `_function`, whose means (stand-ins, generator states
 4. The reconstruction depends on no incoming gradient, so the compiler could move it into the forward pass, find there
    what it is about to recompute, and store that. An opaque operator, `after`, makes it depend on one: it returns a
    negative zero, which changes no bit of what it is added to.
-5. The guard is an opaque operator too, and returns a negative zero for the same purpose: unused, it would be dropped.
+5. By `after`, too, every new value of a stream is in memory before it is read. The compiler would sooner keep what
+   many branches have returned, and add it up again for each reader.
+6. The guard is an opaque operator too, and returns a negative zero for the same purpose: unused, it would be dropped.
    Inductor compiles the two evaluations apart, so their last bits may differ, and on the grid now and then a value by
    one step of it. So the guard compares samples in the exact mode as well, where it raises instead of warning.
 """
@@ -134,8 +136,7 @@ class _UpdateFunction(torch.autograd.Function):
         if a is not None:
             check_branch(update.name, r, a)
             r = coupling.couple(r, a)
-        else:
-            r = r.clone()
+        r = r + after(r, r)
         return r, shadow_of(q), shadow_of(r)
 
     @staticmethod
@@ -157,6 +158,7 @@ class _UpdateFunction(torch.autograd.Function):
             if skip is None:
                 with torch.no_grad():
                     p = coupling.uncouple(r, a)
+                    p = p + after(p, dr)
         if expected is not None:
             x1, x2 = (p, q) if update.writes == 1 else (q, p)
             dr = dr + check(update.name, coupling.exact, x1, x2, expected)

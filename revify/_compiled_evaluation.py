@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.stateless import _reparametrize_module
 
+from revify import _statistics
 from revify._draws import Random, Repeatable
 from revify._opaque import after, copied
 from revify._region import Region
@@ -21,7 +22,8 @@ class CompiledEvaluation:
     """``function(x, *context)``, evaluated once without a graph; `again` repeats it in the backward pass.
 
     ``tensors`` is what `again` needs besides x: the context's tensors, the parameters, those buffers on which the
-    output may depend and which the first evaluation may change, and the seed where numbers were drawn.
+    output may depend and which the first evaluation may change, the statistics of batch norms, and the seed where
+    numbers were drawn.
     """
 
     def __init__(self, where: str, function: nn.Module, random: Random, x: Tensor, context: Sequence[Any]) -> None:
@@ -42,15 +44,19 @@ class CompiledEvaluation:
                     copy, zero = copied(buffer, x.detach())
                     self._add(i, name, copy)
                     x = x + zero
-        self.needs = [x_needs, *(t.requires_grad for t in self.tensors)]
+        needs = [x_needs, *(t.requires_grad for t in self.tensors)]
         self.autocast = _autocast_state(x.device.type)
         self.first_call = random.calls
-        with torch.no_grad(), _autocast(self.autocast), Repeatable(random, where):
+        recording = _statistics.Recording()
+        with torch.no_grad(), _autocast(self.autocast), Repeatable(random, where), recording:
             self.output = run_on(self.function, self.operands, (x, *context))
+        self.normalized = [known and known[0] for known in recording.statistics]
+        for known in recording.statistics:
+            self.tensors += known[1:] if known else ()
         self.draws = random.calls > self.first_call
         if self.draws and random.seed is not None:
             self.tensors.append(random.seed)
-            self.needs.append(False)
+        self.needs = needs + [False] * (1 + len(self.tensors) - len(needs))
 
     def _add(self, operand: int, name: str, tensor: Tensor) -> None:
         self.places.append((operand, name))
@@ -92,7 +98,9 @@ class CompiledEvaluation:
         context = [tensors.pop(0) if c is None else c[0] for c in self.constants]
         operands = list(self.operands)
         stand_ins: list[dict[str, Tensor]] = [{} for _ in operands]
-        for (i, name), tensor in zip(self.places, tensors, strict=True):
+        statistics = iter(tensors[len(self.places) :])
+        known = [None if shape is None else (shape, next(statistics), next(statistics)) for shape in self.normalized]
+        for (i, name), tensor in zip(self.places, tensors, strict=False):
             if name:
                 stand_ins[i][name] = tensor
             else:
@@ -114,7 +122,7 @@ class CompiledEvaluation:
             with _reparametrize_module(operands[i], stand_ins[i], tie_weights=True, stack_weights=True):
                 return run(i + 1)
 
-        with _autocast(self.autocast), Repeatable(random, self.where):
+        with _autocast(self.autocast), Repeatable(random, self.where), _statistics.Replaying(known):
             return run(0)
 
 

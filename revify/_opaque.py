@@ -11,9 +11,9 @@ from torch import Tensor
 from revify import _guard
 
 
-@torch.library.custom_op("revify::after", mutates_args=())
+@torch.library.custom_op("revify::after", mutates_args=(), tags=(torch.Tag.flexible_layout,))
 def after(x: Tensor, y: Tensor) -> Tensor:
-    """A negative zero, to be had once x and y are."""
+    """A negative zero, to be had once x and y are in memory, laid out as the compiler likes."""
     return torch.full((), -0.0, dtype=x.dtype if x.is_floating_point() else torch.float32, device=x.device)
 
 

@@ -3,7 +3,8 @@
 In training a batch norm computes the mean and the variance of its input, a pass that costs several times what the
 normalisation does. The second evaluation takes them from the first: two numbers a channel, as many as the running
 statistics have. Calls of `torch.nn.functional.batch_norm` are met where they are made, so whoever makes them is served;
-they are told apart by their order.
+they are told apart by their order. Under `torch.compile` every batch norm is served; otherwise those of large inputs on
+the CPU, where the result is the same bit for bit.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ class Recording(TorchFunctionMode):
         momentum: float = 0.1,
         eps: float = 1e-5,
     ) -> Tensor:
-        if not training or x.numel() < WORTHWHILE or not _repeats_exactly(x):
+        if not (training and (torch.compiler.is_compiling() or (x.numel() >= WORTHWHILE and _repeats_exactly(x)))):
             self.statistics.append(None)
             return F.batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps)
         y, mean, invstd = torch.native_batch_norm(x, weight, bias, running_mean, running_var, True, momentum, eps)
@@ -81,22 +82,29 @@ class Replaying(TorchFunctionMode):
         *_: Any,
         **__: Any,
     ) -> Tensor:
-        y: Tensor = _Normalize.apply(x, weight, bias, mean, invstd)
+        y: Tensor = _normalize(x, weight, bias, mean, invstd)
         return y
+
+
+@torch.compiler.allow_in_graph  # traced into, the derivative would be that of the forward pass, and wrong
+def _normalize(x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, invstd: Tensor) -> Any:
+    return _Normalize.apply(x, weight, bias, mean, invstd)
 
 
 class _Normalize(torch.autograd.Function):
     """A batch norm in training whose statistics are known. Differentiable once."""
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, invstd: Tensor
-    ) -> Tensor:
-        ctx.save_for_backward(x, weight, mean, invstd)
+    def forward(x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, invstd: Tensor) -> Tensor:
         # the kernel multiplies by weight / sqrt(var + eps)
         scale = invstd if weight is None else weight * invstd
         y: Tensor = aten.native_batch_norm(x, scale, bias, mean, torch.ones_like(invstd), False, 0.0, 0.0)[0]
         return y
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        x, weight, _, mean, invstd = inputs
+        ctx.save_for_backward(x, weight, mean, invstd)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:

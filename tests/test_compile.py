@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from functorch.compile import make_boxed_func
+from torch import Tensor, fx, nn
+from torch._dynamo.backends.common import aot_autograd
+from torch._inductor.utils import run_and_get_code
 
 import revify
 from revify import ReconstructionError, ReversibleChain, models
@@ -215,10 +219,15 @@ def kept(model: nn.Module, *inputs: Tensor) -> int:
     return revify.kept_bytes(lambda: run(*inputs), [*inputs, *model.parameters(), *model.buffers()])
 
 
+def statistics(model: nn.Module) -> int:
+    """The bytes of a mean and a deviation for each channel of a batch norm."""
+    return sum(2 * 4 * m.num_features for m in model.modules() if isinstance(m, nn.BatchNorm2d))
+
+
 def test_memory_is_flat_in_depth() -> None:
     x = torch.randn(16, 4, 12, 12)
     shallow, deep = (chain(depth, dropout=0.1) for depth in (4, 12))
-    bytes_of_chains = kept(shallow, x, x), kept(deep, x, x)
+    bytes_of_chains = [kept(model, x, x) - statistics(model) for model in (shallow, deep)]
     assert bytes_of_chains[0] == bytes_of_chains[1]
     with revify.store_activations(shallow), revify.store_activations(deep):
         assert kept(deep, x, x) > 2 * kept(shallow, x, x) > 4 * bytes_of_chains[0]
@@ -228,10 +237,67 @@ def test_what_a_network_keeps() -> None:
     """Nothing of the stem and of what transitions compute, although the compiler sees it computed twice."""
     images = torch.randn(4, 3, 16, 16)
     model, deeper = (revify.convert(models.cifar_resnet(depth)) for depth in (20, 26))
-    found = kept(model, images)
-    assert kept(deeper, images) == found
+    found = kept(model, images) - statistics(model)
+    assert kept(deeper, images) - statistics(deeper) == found
     exclude = [images, *model.parameters(), *model.buffers()]
     assert found < 1.1 * revify.kept_bytes(lambda: model(images), exclude)
+
+
+def test_a_stream_is_in_memory_before_it_is_read() -> None:
+    """No kernel adds up what several branches have returned: none reads more in a deeper chain."""
+
+    def most_read(depth: int) -> int:
+        torch._dynamo.reset()
+        branches = [nn.Sequential(nn.Tanh(), nn.Linear(8, 8)) for _ in range(depth)]
+        run = compiled(ReversibleChain(branches), "inductor")
+        x = torch.randn(2, 4, 8, 8)
+        _, code = run_and_get_code(lambda: loss(run(x, x)).backward())
+        kernels = [kernel for text in code for kernel in re.findall(r"cpp_pybinding\(\[(.*?)\]", text)]
+        return max(kernel.count("const float*") for kernel in kernels)
+
+    assert most_read(8) == most_read(3)
+
+
+# Batch norms ----------------------------------------------------------------------------------------------
+
+
+def test_statistics_are_those_of_the_first_evaluation(x: Tensor) -> None:
+    graphs: list[fx.GraphModule] = []
+
+    def seen(graph: fx.GraphModule, inputs: Sequence[Any]) -> Any:
+        graphs.append(graph)
+        return make_boxed_func(graph.forward)
+
+    backend = aot_autograd(fw_compiler=seen, bw_compiler=seen)
+    model = chain(3).double()
+    loss(torch.compile(model, fullgraph=True, backend=backend)(x, x)).backward()
+    forward, backward = ([node for node in graph.graph.nodes if "batch_norm" in str(node.target)] for graph in graphs)
+    assert len(forward) == 3
+    assert sum("backward" in str(node.target) for node in backward) == 3
+    assert not [node for node in backward if "backward" not in str(node.target) and _computes_statistics(node)]
+
+
+def _computes_statistics(node: fx.Node) -> bool:
+    assert isinstance(node.target, torch._ops.OpOverload)
+    names = [argument.name for argument in node.target._schema.arguments]
+    return "training" in names and node.args[names.index("training")] is not False
+
+
+def test_batch_norms_of_every_form() -> None:
+    class Norms(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            forms: list[dict[str, Any]] = [{}, {"affine": False}, {"track_running_stats": False}, {"momentum": 0.4}]
+            self.norms = nn.ModuleList([nn.BatchNorm1d(3, **form) for form in forms])
+            self.fixed = nn.BatchNorm1d(3).eval()
+
+        def forward(self, x: Tensor) -> Tensor:
+            for norm in (*self.norms, self.fixed):
+                x = norm(x).tanh()
+            return F.batch_norm(x, None, None, training=True)
+
+    x = torch.randn(5, 3, 4, dtype=torch.float64)
+    as_eager(ReversibleChain([Norms(), Norms()]).double(), lambda m: loss(m(x, x)).backward())
 
 
 # Random numbers -------------------------------------------------------------------------------------------
