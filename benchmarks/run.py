@@ -130,7 +130,7 @@ def job(settings: Settings, spec: Spec, **what: Any) -> Result:
         # Freed memory goes back at once: what the C library holds in reserve is no one's need.
         variables |= {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
     elif settings.keep_freed:
-        variables |= {"MALLOC_MMAP_THRESHOLD_": str(2**25), "MALLOC_TRIM_THRESHOLD_": str(2**40)}
+        variables |= {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40)}
     task = json.dumps({"spec": dataclasses.asdict(spec), "threads": settings.threads, **what})
     command = [sys.executable, "-m", "benchmarks.measure", task]
     process = subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True)
