@@ -51,8 +51,8 @@ class Recording(TorchFunctionMode):
             self.statistics.append(None)
             return F.batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps)
         y, mean, invstd = torch.native_batch_norm(x, weight, bias, running_mean, running_var, True, momentum, eps)
-        full_precision = invstd.dtype in (torch.float32, torch.float64)
-        self.statistics.append((x.shape, mean, invstd) if full_precision else None)
+        precise = invstd.dtype in (torch.float32, torch.float64) and (weight is None or weight.dtype == invstd.dtype)
+        self.statistics.append((x.shape, mean, invstd) if precise else None)
         return y
 
 

@@ -5,13 +5,15 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import revify
 from revify import ReversibleChain, models
+from revify._function import Update
 from tests.test_chain import branch
 
 
@@ -145,3 +147,17 @@ def test_the_graph_dies_with_the_output() -> None:
         assert [ref() for ref in seen] == [None, None]
     finally:
         gc.enable()
+
+
+def test_transitions_are_not_handed_the_value_that_they_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would live through the evaluation of their branches, which is where the peak is as a rule."""
+    handed: list[tuple[bool, bool]] = []
+    backward = Update.backward
+
+    def seen(ctx: Any, dr: Tensor, q: Tensor, r: Tensor | None) -> Any:
+        handed.append((ctx.skip is not None, r is not None))
+        return backward(ctx, dr, q, r)
+
+    monkeypatch.setattr(Update, "backward", staticmethod(seen))
+    revify.convert(models.cifar_resnet(14))(torch.randn(2, 3, 16, 16)).sum().backward()
+    assert set(handed) == {(True, False), (False, True)}
