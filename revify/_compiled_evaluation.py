@@ -44,7 +44,6 @@ class CompiledEvaluation:
                     copy, zero = copied(buffer, x.detach())
                     self._add(i, name, copy)
                     x = x + zero
-        needs = [x_needs, *(t.requires_grad for t in self.tensors)]
         self.autocast = _autocast_state(x.device.type)
         self.first_call = random.calls
         recording = _statistics.Recording()
@@ -56,7 +55,7 @@ class CompiledEvaluation:
         self.draws = random.calls > self.first_call
         if self.draws and random.seed is not None:
             self.tensors.append(random.seed)
-        self.needs = needs + [False] * (1 + len(self.tensors) - len(needs))
+        self.needs = [x_needs, *(t.requires_grad for t in self.tensors)]
 
     def _add(self, operand: int, name: str, tensor: Tensor) -> None:
         self.places.append((operand, name))
@@ -98,9 +97,9 @@ class CompiledEvaluation:
         context = [tensors.pop(0) if c is None else c[0] for c in self.constants]
         operands = list(self.operands)
         stand_ins: list[dict[str, Tensor]] = [{} for _ in operands]
-        statistics = iter(tensors[len(self.places) :])
+        tensors, statistics = tensors[: len(self.places)], iter(tensors[len(self.places) :])
         known = [None if shape is None else (shape, next(statistics), next(statistics)) for shape in self.normalized]
-        for (i, name), tensor in zip(self.places, tensors, strict=False):
+        for (i, name), tensor in zip(self.places, tensors, strict=True):
             if name:
                 stand_ins[i][name] = tensor
             else:
