@@ -11,7 +11,7 @@ before it, and keeps nothing of it:
 3. An update without a skip module inverts itself: it evaluates ``a = f(q)`` again, once, which serves both the
    inversion ``p = r - a`` and the vector-Jacobian product.
 4. An update with a skip module (a transition) cannot be inverted: it keeps p, and returns what it kept. Its q
-   comes from the shadows like everybody's.
+   comes from the shadows like everybody's; r, which it has no use for, is not handed to it, so that nobody holds it.
 5. Where memory allows it, an update keeps the outputs of some of its branch's operations (`_tape`), which the second
    evaluation then takes instead of computing them.
 
@@ -101,10 +101,13 @@ class Update(torch.autograd.Function):
         outputs = f.tape.take_outputs() if f else []
         ctx.n_outputs = len(outputs)
         ctx.save_for_backward(p if skip else None, *outputs, *tensors)
-        return r, q_shadow.expand_as(q_shadow), shadow_of(r)
+        r_shadow = shadow_of(r)
+        if skip:
+            ctx.mark_non_differentiable(r_shadow)
+        return r, q_shadow.expand_as(q_shadow), r_shadow
 
     @staticmethod
-    def backward(ctx: Any, dr: Tensor | None, q: Tensor, r: Tensor) -> tuple[Any, ...]:
+    def backward(ctx: Any, dr: Tensor | None, q: Tensor, r: Tensor | None) -> tuple[Any, ...]:
         (kept_p,), outputs, tensors = _split(ctx.saved_tensors, 1, ctx.n_outputs)
         coupling, skip, f = ctx.coupling, ctx.skip, ctx.f
         needs_p_in, needs_q = ctx.needs_input_grad[7:9]
@@ -128,6 +131,7 @@ class Update(torch.autograd.Function):
             take_part = [q_in, *of_context], [needs_q, *need_context], of_f, need_f
             a, vjp = _replay(f, *take_part, context=ctx.context, outputs=outputs)
             if skip is None:
+                assert r is not None
                 p = coupling.uncouple(r, a) if torch.is_grad_enabled() else coupling.uncouple_into(r, a)
                 p = _with_strides(p, ctx.strides)
             del a  # what a branch returns is the largest of what it makes, as a rule, and seldom kept in its graph

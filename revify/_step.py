@@ -74,8 +74,6 @@ class Step(nn.Module):
                 self.name, turn.coupling, skip, f, turn.keep, context, *streams, *tensors
             )
             r, q_shadow, r_shadow = updated
-            if skip is not None:
-                r_shadow = r_shadow.detach()  # a transition has no use for the value that it made: nobody is to hold it
             turn.shadows = r_shadow, q_shadow
             return r
         if turn.measures:
