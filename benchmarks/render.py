@@ -95,12 +95,13 @@ def _circumstances(data: Figures) -> str:
     runs = [run for results in data["times"].values() for run in results]
     rounds = max((len(run.get("seconds", ())) for run in runs), default=0)
     processes = max(map(len, data["times"].values()), default=0)
+    counted = "1 process" if processes == 1 else f"{processes} processes"
     versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
     place = f"{machine['processor']}, {machine['cores']} cores, {machine['threads']} threads, {machine['system']}"
     seconds = _seconds(data["times"].get(PLAIN, []))
     plain = f" A step of plain autograd takes {statistics.median(seconds):.3g} s." if seconds else ""
     return (
-        f'`make bench ARGS="{" ".join(arguments)}"`: {size}; {processes} processes of {rounds} rounds.{plain} '
+        f'`make bench ARGS="{" ".join(arguments)}"`: {size}; {counted} of {rounds} rounds.{plain} '
         f"{machine.get('gpu', '')}{'; ' if 'gpu' in machine else ''}{place}; Python {machine['python']}, {versions}."
     )
 
