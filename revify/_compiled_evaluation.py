@@ -89,7 +89,7 @@ class CompiledEvaluation:
         return y, pull
 
     def _again(self, values: list[Tensor]) -> Any:
-        x, *tensors = values
+        x, tensors = values[0], values[1:]  # `x, *tensors =` is a tuple to Dynamo of PyTorch 2.11
         random = Random(x.device)
         if self.draws:
             random.seed = tensors.pop()

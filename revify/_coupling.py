@@ -41,8 +41,12 @@ def largest(dtype: torch.dtype) -> float:
 def grid_(a: Tensor) -> Tensor:
     """Rounds ``a``, in place, to the nearest multiple of g: where 1.5 * 2^(23 - k) is added, the last bit of a
     float32 is worth g."""
-    shift = 0.75 * largest(a.dtype)
+    shift = _shift(a)
     return a.add_(shift).sub_(shift)
+
+
+def _shift(a: Tensor) -> float:
+    return 0.75 * largest(a.dtype)
 
 
 class _Grid(torch.autograd.Function):
@@ -50,7 +54,8 @@ class _Grid(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, a: Tensor) -> Tensor:
-        return grid_(a.clone())
+        shift = _shift(a)
+        return a + shift - shift  # not in place: under Dynamo of PyTorch 2.11 a changed output gets no gradient
 
     @staticmethod
     def backward(ctx: Any, da: Tensor) -> Tensor:

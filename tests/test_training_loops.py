@@ -341,7 +341,6 @@ def test_compile_in_eval_is_one_graph(model: nn.Module, x: Tensor) -> None:
         torch.testing.assert_close(torch.compile(model, fullgraph=True, backend="aot_eager")(x), model(x))
 
 
-@pytest.mark.filterwarnings("ignore:.*autograd.*should not be instantiated:DeprecationWarning")  # Dynamo's, up to 2.13
 def test_compile_in_training_is_one_graph(model: nn.Module, x: Tensor) -> None:
     """With masks of its own, so against plain autograd under the same compiler (see test_compile.py)."""
     stored = copy.deepcopy(model)
