@@ -1,7 +1,7 @@
 """By which means it is computed. An engine makes, of a problem's network, a module to train.
 
 On a stack every module maps the streams (x1, x2) to the final state, as two tensors or as one with both halves in its
-channels. All of them evaluate the same branches in the same recurrence, where their remark does not say otherwise.
+channels. All of them evaluate the same branches in the same recurrence, where their remarks do not say otherwise.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Engine:
     build: Callable[[Problem], nn.Module]
     compiled: bool = False
     counted: bool = True  # whether revify.peak_bytes sees what it allocates and frees
-    remark: str = ""
+    remarks: tuple[str, ...] = ()
 
 
 class Coupled(nn.Module):
@@ -218,26 +218,26 @@ _BN_TWICE = "batch norm counts every batch twice"
 
 STACK = (
     Engine(PLAIN, "autograd", _plain),
-    Engine("checkpoint, each coupling", "checkpoint", lambda p: Checkpointed(p.branches, 1), remark=_BN_TWICE),
+    Engine("checkpoint, each coupling", "checkpoint", lambda p: Checkpointed(p.branches, 1), remarks=(_BN_TWICE,)),
     *(
-        Engine(f"checkpoint, {part:.0%} of the couplings", "checkpoint", _checkpoint_part(part), remark=_BN_TWICE)
+        Engine(f"checkpoint, {part:.0%} of the couplings", "checkpoint", _checkpoint_part(part), remarks=(_BN_TWICE,))
         for part in (0.75, 0.5, 0.25)
     ),
-    Engine("checkpoint, square root", "checkpoint", _square_root, remark=_BN_TWICE),
+    Engine("checkpoint, square root", "checkpoint", _square_root, remarks=(_BN_TWICE,)),
     Engine("save_on_cpu", "autograd", lambda p: OffloadedToCpu(_plain(p))),
     Engine("compiled plain", "compile", _compiled(_plain), compiled=True, counted=False),
     *(
         Engine(f"compiled, budget {b:g}", "compile", _compiled_within(b, _plain), compiled=True, counted=False)
         for b in (0.5, 0.1)
     ),
-    Engine("memcnn", "peer", _memcnn, counted=False, remark="batch norm counts every batch three times"),
-    Engine("RevTorch", "peer", _revtorch, remark=_BN_TWICE),
-    Engine("revlib", "peer", _revlib, remark=_BN_TWICE),
-    Engine(
-        "momentumnet", "peer", _momentumnet, remark=f"another function, a momentum ResNet of one stream; {_BN_TWICE}"
-    ),
+    Engine("memcnn", "peer", _memcnn, counted=False, remarks=("batch norm counts every batch three times",)),
+    Engine("RevTorch", "peer", _revtorch, remarks=(_BN_TWICE,)),
+    Engine("revlib", "peer", _revlib, remarks=(_BN_TWICE,)),
+    Engine("momentumnet", "peer", _momentumnet, remarks=("another function, of one stream", _BN_TWICE)),
     Engine("revify", "revify", functools.partial(_chain, exact=False)),
-    Engine("revify, exact", "revify", functools.partial(_chain, exact=True), remark="the state is rounded to a grid"),
+    Engine(
+        "revify, exact", "revify", functools.partial(_chain, exact=True), remarks=("the state is rounded to a grid",)
+    ),
     Engine(
         "compiled revify", "revify", _compiled(functools.partial(_chain, exact=False)), compiled=True, counted=False
     ),

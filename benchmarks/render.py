@@ -48,9 +48,14 @@ def _section(data: Figures, page: Path) -> Iterable[str]:
     keeps = ", with a C library that keeps freed memory" if data["settings"].get("keep_freed") else ""
     yield f"## {data['title']}{keeps}" + (f" ({_kind(data)})" if suffix and not keeps else "")
     yield _circumstances(data)
-    rows = {name: _row(name, known.get(name), data) for name in times}
     header = ("engine", "time / plain", "between processes", "peak of a step", "peak / plain", "kept", "peak, counted")
-    yield _table([(*header, "remark"), *rows.values()], right=range(1, 7))
+    yield _table([header, *(_row(name, data) for name in times)], right=range(1, 7))
+    remarks: dict[str, list[str]] = {}
+    for name in times:
+        for remark in _remarks(name, known.get(name), data):
+            remarks.setdefault(remark, []).append(name)
+    if remarks:
+        yield "\n".join(f"- {'; '.join(names)}: {remark}." for remark, names in remarks.items())
     frontier = [
         pictures.Point(name, known[name].family if name in known else "peer", peak / 1e6, ratio)
         for name in times
@@ -106,15 +111,11 @@ def _circumstances(data: Figures) -> str:
     )
 
 
-def _row(name: str, engine: Engine | None, data: Figures) -> Sequence[str]:
+def _row(name: str, data: Figures) -> Sequence[str]:
     times, memory = data["times"], data["memory"].get(name, {})
     ratios = [r for run in range(len(times[name])) if (r := _median([_ratios(times, name, run)]))]
     ratio = _median_ratio(times, name)
     peak, plain = _bytes(data, name), _bytes(data, PLAIN)
-    remarks = [engine.remark] if engine and engine.remark else []
-    remarks += list(dict.fromkeys(_failure(r) for r in [*times[name], memory] if _failure(r)))
-    if memory.get("graph_breaks"):
-        remarks.append("its graph breaks: parts of it run uncompiled")
     return (
         name,
         f"{ratio:.2f}" if ratio else NOTHING,
@@ -123,8 +124,17 @@ def _row(name: str, engine: Engine | None, data: Figures) -> Sequence[str]:
         f"{peak / plain:.3f}" if peak and plain else NOTHING,
         _megabytes(memory.get("kept")),
         _megabytes(memory.get("counted")),
-        "; ".join(remarks),
     )
+
+
+def _remarks(name: str, engine: Engine | None, data: Figures) -> Iterable[str]:
+    """What to know about the engine's row, and why there are no figures in it."""
+    memory = data["memory"].get(name, {})
+    remarks = list(engine.remarks) if engine else []
+    remarks += dict.fromkeys(_failure(r) for r in [*data["times"][name], memory] if _failure(r))
+    if memory.get("graph_breaks"):
+        remarks.append("its graph breaks: parts of it run uncompiled")
+    return remarks
 
 
 def _failure(result: Figures) -> str:
