@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import textwrap
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -54,7 +55,18 @@ class ChainReport:
 
 @dataclass(frozen=True)
 class Report:
-    """The result of the analysis of a model. Prints as a table."""
+    """The result of the analysis of a model. Prints as a table.
+
+    Attributes:
+        model: the name of the model's class.
+        chains: what is converted. Each has a ``name``, its ``units``, how its streams begin and end (``entry``,
+            ``exit``) and, once a training step has been made with a memory budget, the ``choice`` of what to keep. A
+            unit has a ``name``, that of its addition in the graph, a ``kind``, "identity" or "transition", and a
+            ``module``, the path of the original module that holds it.
+        refusals: what is not converted. Each has ``where``, a module's path and the addition's name; a ``code``, one
+            short stable word; and a ``message``, one sentence with the remedy.
+        notes: what to know about the conversion.
+    """
 
     model: str
     chains: tuple[ChainReport, ...]
@@ -80,7 +92,7 @@ class Report:
         if rows:
             lines += ["", table([_COLUMNS, *rows])]
         for title, entries in self._lists():
-            lines += ["", f"{title}:", *(f"  - {entry}" for entry in entries)]
+            lines += ["", f"{title}:", *map(_point, entries)]
         return "\n".join(lines)
 
     def _repr_html_(self) -> str:
@@ -106,6 +118,12 @@ class Report:
 
 
 _COLUMNS = ("chain", "kind", "module", "addition")
+
+
+def _point(text: str) -> str:
+    return textwrap.fill(
+        text, 80, initial_indent="  - ", subsequent_indent="    ", break_long_words=False, break_on_hyphens=False
+    )
 
 
 def _plural(noun: str, count: int) -> str:
