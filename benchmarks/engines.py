@@ -233,7 +233,9 @@ STACK = (
     Engine("memcnn", "peer", _memcnn, counted=False, remarks=("batch norm counts every batch three times",)),
     Engine("RevTorch", "peer", _revtorch, remarks=(_BN_TWICE,)),
     Engine("revlib", "peer", _revlib, remarks=(_BN_TWICE,)),
-    Engine("momentumnet", "peer", _momentumnet, remarks=("another function, of one stream", _BN_TWICE)),
+    Engine(
+        "momentumnet", "peer", _momentumnet, remarks=("another function, a momentum ResNet of one stream", _BN_TWICE)
+    ),
     Engine("revify", "revify", functools.partial(_chain, exact=False)),
     Engine(
         "revify, exact", "revify", functools.partial(_chain, exact=True), remarks=("the state is rounded to a grid",)
