@@ -322,6 +322,7 @@ def test_export_in_eval(model: nn.Module, x: Tensor) -> None:
     torch.testing.assert_close(exported(x), model(x))
 
 
+@pytest.mark.filterwarnings(r"ignore:`isinstance\(treespec, LeafSpec\)`:FutureWarning")  # the exporter's, up to 2.12
 @pytest.mark.parametrize("exact", [False, True])
 def test_onnx_in_eval(exact: bool, tmp_path: Path) -> None:
     """With a batch size that stays open: another than the exporter saw is run."""
@@ -341,6 +342,7 @@ def test_compile_in_eval_is_one_graph(model: nn.Module, x: Tensor) -> None:
         torch.testing.assert_close(torch.compile(model, fullgraph=True, backend="aot_eager")(x), model(x))
 
 
+@pytest.mark.filterwarnings("ignore:.*autograd.*should not be instantiated:DeprecationWarning")  # Dynamo's, up to 2.13
 def test_compile_in_training_is_one_graph(model: nn.Module, x: Tensor) -> None:
     """With masks of its own, so against plain autograd under the same compiler (see test_compile.py)."""
     stored = copy.deepcopy(model)
