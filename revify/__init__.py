@@ -1,15 +1,15 @@
 """Reversible residual networks, as a transform of ordinary ones."""
 
 from revify import models
-from revify._chain import ReversibleChain, store_activations
-from revify._convert import convert, explain, report
+from revify._analysis.report import Report
+from revify._conversion.convert import convert, explain, report
+from revify._engine.chain import ReversibleChain, store_activations
+from revify._engine.evaluation import is_replaying
 from revify._errors import NotConvertibleError, ReconstructionError, RevifyError
-from revify._estimate import Estimate, StepMemory, estimate
-from revify._largest import Largest, largest_that_fits
-from revify._memory import kept_bytes, peak_bytes
-from revify._replay import is_replaying
-from revify._report import Report
-from revify._verify import Verification, verify
+from revify._measure import kept_bytes, peak_bytes
+from revify._tools.estimate import Estimate, StepMemory, estimate
+from revify._tools.largest import Largest, largest_that_fits
+from revify._tools.verify import Verification, verify
 
 __all__ = [
     "Estimate",

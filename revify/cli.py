@@ -13,12 +13,12 @@ from importlib.metadata import version
 import torch
 from torch import nn
 
-from revify._convert import convert, explain
+from revify._conversion.convert import convert, explain
 from revify._errors import RevifyError
-from revify._estimate import Estimate, estimate
-from revify._largest import largest_that_fits
 from revify._table import megabytes
-from revify._verify import verify
+from revify._tools.estimate import Estimate, estimate
+from revify._tools.largest import largest_that_fits
+from revify._tools.verify import verify
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

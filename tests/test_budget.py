@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import revify
-from revify import ReversibleChain, _profile
-from revify._budget import Cost, Output, choose
-from revify._coupling import Coupling
+from revify import ReversibleChain
+from revify._engine import costs as engine_costs
+from revify._engine.budget import Cost, Output, choose
+from revify._engine.coupling import Coupling
 from revify.models import cifar_resnet
 
 # The choice, with small numbers -----------------------------------------------------------------------------
@@ -71,7 +72,7 @@ def test_a_choice_keeps_to_its_budget_and_more_memory_is_never_slower(
 
 @pytest.fixture(autouse=True)
 def _small_outputs_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_profile, "OVERHEAD", 0)
+    monkeypatch.setattr(engine_costs, "OVERHEAD", 0)
 
 
 def test_what_costs_more_to_keep_than_to_compute_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,7 +17,7 @@ from torch._inductor.utils import run_and_get_code
 
 import revify
 from revify import ReconstructionError, ReversibleChain, models
-from revify._draws import Random
+from revify._engine.compiled.random import Random
 
 pytestmark = [  # the compiler's own, up to PyTorch 2.13
     pytest.mark.filterwarnings("ignore:.*autograd.*should not be instantiated:DeprecationWarning"),

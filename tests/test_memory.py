@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import revify
 from revify import ReversibleChain, models
-from revify._function import Update
+from revify._engine.update import Update
 from tests.test_chain import branch
 
 

@@ -10,8 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import revify
-from revify import ReversibleChain, _replay, _statistics
-from revify._replay import Evaluation
+from revify import ReversibleChain
+from revify._engine import batch_statistics, evaluation
+from revify._engine.evaluation import Evaluation
 
 
 class Norms(nn.Module):
@@ -40,7 +41,7 @@ class Norms(nn.Module):
 
 @pytest.fixture(autouse=True)
 def _small_tensors_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (_replay, _statistics):
+    for module in (evaluation, batch_statistics):
         monkeypatch.setattr(module, "WORTHWHILE", 0)
 
 

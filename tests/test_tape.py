@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from revify._replay import Evaluation
-from revify._statistics import WORTHWHILE
-from revify._tape import DEAR
+from revify._engine.batch_statistics import WORTHWHILE
+from revify._engine.evaluation import Evaluation
+from revify._engine.kept_outputs import DEAR
 
 
 def evaluate(branch: nn.Module, x: Tensor, keep: tuple[int, ...]) -> tuple[list[str], int]:

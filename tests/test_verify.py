@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 import revify
-from revify import ReversibleChain, _coupling, _replay, models
+from revify import ReversibleChain, models
+from revify._engine import coupling, evaluation
 from tests.test_chain import branch, loss
 from tests.test_convert import tiny_vit
 
@@ -70,17 +71,17 @@ class Unsteady(nn.Module):
 
 
 def wrong_sign(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_coupling.Coupling, "uncouple_into", lambda self, r, a: r + self.enter(a))
+    monkeypatch.setattr(coupling.Coupling, "uncouple_into", lambda self, r, a: r + self.enter(a))
 
 
 def no_dropout_mask(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_replay, "_drawn_from", lambda before: [])
+    monkeypatch.setattr(evaluation, "_drawn_from", lambda before: [])
 
 
 def stale_weight(monkeypatch: pytest.MonkeyPatch) -> None:
-    again = _replay.Evaluation.again
+    again = evaluation.Evaluation.again
     monkeypatch.setattr(
-        _replay.Evaluation,
+        evaluation.Evaluation,
         "again",
         lambda self, tensors, *x, **kept: again(
             self, [t * 1.1 if t.is_floating_point() else t for t in tensors], *x, **kept
@@ -91,7 +92,9 @@ def stale_weight(monkeypatch: pytest.MonkeyPatch) -> None:
 def statistics_twice(monkeypatch: pytest.MonkeyPatch) -> None:
     """The second evaluation runs on the modules themselves."""
     monkeypatch.setattr(
-        _replay.Evaluation, "again", lambda self, tensors, *x, **kept: _replay.run_on(self.function, self.operands, x)
+        evaluation.Evaluation,
+        "again",
+        lambda self, tensors, *x, **kept: evaluation.run_on(self.function, self.operands, x),
     )
 
 
@@ -191,7 +194,7 @@ def test_overflow_is_left_to_the_gradient_scaler(exact: bool) -> None:
 
 
 def test_one_changed_bit_is_enough() -> None:
-    from revify._guard import checksum
+    from revify._engine.guard import checksum
 
     x1, x2 = torch.randn(2, 1000).unbind()
     before = checksum(x1, x2)

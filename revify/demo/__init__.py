@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from revify import plot
-from revify._convert import convert
-from revify._memory import kept_bytes, peak_bytes
+from revify._conversion.convert import convert
+from revify._measure import kept_bytes, peak_bytes
 from revify._table import megabytes, table
 from revify.demo.data import Images, digits, image_folder, normalize
 from revify.demo.training import History, seconds, step_of, train

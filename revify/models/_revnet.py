@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from revify._convert import convert
+from revify._conversion.convert import convert
 from revify.models._resnet import ResNet, cifar_resnet, resnet110, resnet164
 
 

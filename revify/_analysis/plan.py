@@ -10,11 +10,11 @@ from dataclasses import dataclass, replace
 
 from torch import fx, nn
 
-from revify._chains import Chain, Link
-from revify._operations import Operations
-from revify._report import Refusal
-from revify._trace import module_path
-from revify._widen import NotWidenable, Widening, widen_entry, widen_exit
+from revify._analysis.chains import Chain, Link
+from revify._analysis.operations import Operations
+from revify._analysis.report import Refusal
+from revify._analysis.trace import module_path
+from revify._analysis.widening import NotWidenable, Widening, widen_entry, widen_exit
 
 
 @dataclass(frozen=True)

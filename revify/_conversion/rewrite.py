@@ -16,14 +16,14 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from revify import _resize
-from revify._budget import Budget
-from revify._chain import Recomputed, ReversibleChain
-from revify._operations import Operations, activate
-from revify._plan import ChainPlan, Piece, Plan
-from revify._region import Code, Region, imported
-from revify._report import Report
-from revify._step import Step
+from revify._analysis.operations import Operations, activate
+from revify._analysis.plan import ChainPlan, Piece, Plan
+from revify._analysis.report import Report
+from revify._conversion import resize
+from revify._engine.budget import Budget
+from revify._engine.chain import Recomputed, ReversibleChain
+from revify._engine.region import Code, Region, imported
+from revify._engine.step import Step
 
 
 class Converted(nn.Module):
@@ -48,7 +48,7 @@ def rewrite(
     model.__dict__ = root.__dict__
     ops = Operations(graph, root)
     for end in (end for chain in plan.chains for end in (chain.entry, chain.exit) if end is not None):
-        _resize.apply(end, root)
+        resize.apply(end, root)
     made: dict[int, Region] = {}  # a piece that two steps share, a tied projection, becomes one module
 
     def region(piece: Piece | None) -> Region | None:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from revify._errors import RevifyError
-from revify._estimate import Estimate
+from revify._tools.estimate import Estimate
 
 _FIRST = 8  # tried first
 

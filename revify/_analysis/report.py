@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from revify._budget import Choice
+from revify._engine.budget import Choice
 from revify._table import table
 
 

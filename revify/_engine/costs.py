@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import flop_registry, sdpa_flop_count
 
-from revify._budget import Output
-from revify._memory import kept_bytes, tensors_in
-from revify._replay import Evaluation
-from revify._tape import Recording
+from revify._engine.budget import Output
+from revify._engine.evaluation import Evaluation
+from revify._engine.kept_outputs import Recording
+from revify._measure import kept_bytes, tensors_in
 
 FLOPS_PER_BYTE = 20
 OVERHEAD = 1e6  # of keeping an output, in bytes moved: looking at the operations around it

@@ -19,8 +19,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, fx, nn
 
+from revify._analysis.report import Refusal
 from revify._errors import NotConvertibleError, RevifyError
-from revify._report import Refusal
 
 
 @dataclass(frozen=True)

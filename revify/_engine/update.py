@@ -30,9 +30,9 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 
-from revify._coupling import Coupling
+from revify._engine.coupling import Coupling
+from revify._engine.evaluation import Evaluation
 from revify._errors import RevifyError
-from revify._replay import Evaluation
 
 
 class Enter(torch.autograd.Function):

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from revify import _guard
+from revify._engine import guard
 
 
 @torch.library.custom_op("revify::after", mutates_args=(), tags=(torch.Tag.flexible_layout,))
@@ -37,18 +37,18 @@ def _(buffer: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
 @torch.library.custom_op("revify::samples", mutates_args=())
 def samples(x1: Tensor, x2: Tensor) -> Tensor:
     """What the guard keeps of a state."""
-    return _guard.samples(x1, x2)
+    return guard.samples(x1, x2)
 
 
 @samples.register_fake
 def _(x1: Tensor, x2: Tensor) -> Tensor:
-    return x1.new_empty(sum(min(_guard.SAMPLES, x.numel()) for x in (x1, x2)))
+    return x1.new_empty(sum(min(guard.SAMPLES, x.numel()) for x in (x1, x2)))
 
 
 @torch.library.custom_op("revify::check", mutates_args=())
 def check(name: str, exact: bool, x1: Tensor, x2: Tensor, expected: Tensor) -> Tensor:
     """The guard's comparison of a reconstructed state; a negative zero."""
-    _guard.compare_samples(name, exact, x1, x2, expected)
+    guard.compare_samples(name, exact, x1, x2, expected)
     return x1.new_full((), -0.0)
 
 

@@ -23,12 +23,12 @@ from torch._subclasses.fake_tensor import (
 )
 from torch.utils._pytree import tree_leaves
 
-from revify._convert import convert
+from revify._analysis.trace import arguments, place
+from revify._conversion.convert import convert
 from revify._errors import RevifyError
 from revify._fake import hollow_copy, hollow_inputs
-from revify._memory import Storages
+from revify._measure import Storages
 from revify._table import megabytes, table
-from revify._trace import arguments, place
 
 
 @dataclass(frozen=True)

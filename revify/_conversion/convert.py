@@ -8,15 +8,15 @@ from typing import Any
 
 from torch import fx, nn
 
-from revify._budget import check_memory_budget
-from revify._chain import ReversibleChain, check_coupling, check_exact
-from revify._chains import find_chains
+from revify._analysis.chains import find_chains
+from revify._analysis.operations import Operations
+from revify._analysis.plan import ChainPlan, Plan, make_plan
+from revify._analysis.report import ChainReport, Refusal, Report, UnitReport
+from revify._analysis.trace import module_path, trace
+from revify._conversion.rewrite import Converted, rewrite
+from revify._engine.budget import check_memory_budget
+from revify._engine.chain import ReversibleChain, check_coupling, check_exact
 from revify._errors import NotConvertibleError, RevifyError
-from revify._operations import Operations
-from revify._plan import ChainPlan, Plan, make_plan
-from revify._report import ChainReport, Refusal, Report, UnitReport
-from revify._rewrite import Converted, rewrite
-from revify._trace import module_path, trace
 
 
 def convert(

@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from revify._budget import Cost, Output
-from revify._coupling import Coupling
+from revify._engine.budget import Cost, Output
+from revify._engine.costs import measure
+from revify._engine.coupling import Coupling
+from revify._engine.evaluation import Evaluation
+from revify._engine.update import Update, check_branch
 from revify._errors import RevifyError
-from revify._function import Update, check_branch
-from revify._profile import measure
-from revify._replay import Evaluation
 
 
 class Turn:

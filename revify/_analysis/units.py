@@ -13,9 +13,9 @@ from dataclasses import dataclass
 
 from torch import fx, nn
 
-from revify._operations import Operations
-from revify._report import Refusal
-from revify._trace import module_path
+from revify._analysis.operations import Operations
+from revify._analysis.report import Refusal
+from revify._analysis.trace import module_path
 
 
 @dataclass(frozen=True)

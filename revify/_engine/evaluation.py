@@ -24,11 +24,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from revify import _statistics, _tape
+from revify._engine import batch_statistics, kept_outputs
+from revify._engine.batch_statistics import WORTHWHILE, Statistics
+from revify._engine.kept_outputs import Tape
+from revify._engine.region import Region
 from revify._fake import has_values
-from revify._region import Region
-from revify._statistics import WORTHWHILE, Statistics
-from revify._tape import Tape
 
 _thread = threading.local()
 
@@ -97,8 +97,8 @@ class Evaluation:
         versions = [{name: live._version for name, (live, _) in kept.items()} for kept in self.buffers]
         self.random = _random_state(inputs[0])
         self.autocast = autocast_state(device)
-        statistics = _statistics.Recording() if self._has_statistics(inputs[0]) else None
-        outputs = _tape.Recording(keep) if keep else None
+        statistics = batch_statistics.Recording() if self._has_statistics(inputs[0]) else None
+        outputs = kept_outputs.Recording(keep) if keep else None
         with _autocast(self.autocast), statistics or nullcontext(), outputs or nullcontext():
             output = run_on(self.function, self.operands, inputs)
         self.statistics = [] if statistics is None else statistics.statistics
@@ -141,9 +141,9 @@ class Evaluation:
         ]
         spared = ExitStack()
         if self.statistics and not differentiable_twice:
-            spared.enter_context(_statistics.Replaying(self.statistics))
+            spared.enter_context(batch_statistics.Replaying(self.statistics))
         if self.tape.entries:
-            spared.enter_context(_tape.Replaying(self.tape.with_outputs(outputs)))
+            spared.enter_context(kept_outputs.Replaying(self.tape.with_outputs(outputs)))
         with spared, _replaying(), _random(self.random), _autocast(self.autocast):
             return run_on(self.function, operands, inputs)
 

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 from torch import fx, nn
 
-from revify._report import Refusal
-from revify._units import Unit, UnitFinder
+from revify._analysis.report import Refusal
+from revify._analysis.units import Unit, UnitFinder
 
 
 @dataclass(frozen=True)

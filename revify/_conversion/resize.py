@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from revify._widen import Widening
+from revify._analysis.widening import Widening
 
 
 def apply(widening: Widening, root: nn.Module) -> None:

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 
 from torch import Tensor, fx, nn
 
-from revify._chains import Chain
-from revify._operations import Operations
+from revify._analysis.chains import Chain
+from revify._analysis.operations import Operations
 
 
 @dataclass(frozen=True)

@@ -9,14 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from revify import _compiled
-from revify._budget import Budget, Cost, Planner, check_memory_budget
-from revify._coupling import Coupling
+from revify._engine.budget import Budget, Cost, Planner, check_memory_budget
+from revify._engine.compiled import chain as _compiled
+from revify._engine.coupling import Coupling
+from revify._engine.evaluation import Evaluation, autocast_state, casts_not_shared, random_state_kept
+from revify._engine.guard import Guard
+from revify._engine.step import Step
+from revify._engine.update import Enter, Leave, Recompute
 from revify._errors import RevifyError
-from revify._function import Enter, Leave, Recompute
-from revify._guard import Guard
-from revify._replay import Evaluation, autocast_state, casts_not_shared, random_state_kept
-from revify._step import Step
 
 _in_eager_mode = torch.compiler.disable(
     reason="`_compiled` has the compiler's way; where that is refused, the eager one is left alone"

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.stateless import _reparametrize_module
 
-from revify import _statistics
-from revify._draws import Random, Repeatable
-from revify._opaque import after, copied
-from revify._region import Region
-from revify._replay import BATCH_STATISTICS, run_on
+from revify._engine import batch_statistics
+from revify._engine.compiled.operators import after, copied
+from revify._engine.compiled.random import Random, Repeatable
+from revify._engine.evaluation import BATCH_STATISTICS, run_on
+from revify._engine.region import Region
 
 
 class CompiledEvaluation:
@@ -46,7 +46,7 @@ class CompiledEvaluation:
                     x = x + zero
         self.autocast = _autocast_state(x.device.type)
         self.first_call = random.calls
-        recording = _statistics.Recording()
+        recording = batch_statistics.Recording()
         with torch.no_grad(), _autocast(self.autocast), Repeatable(random, where), recording:
             self.output = run_on(self.function, self.operands, (x, *context))
         self.normalized = [known and known[0] for known in recording.statistics]
@@ -121,7 +121,7 @@ class CompiledEvaluation:
             with _reparametrize_module(operands[i], stand_ins[i], tie_weights=True, stack_weights=True):
                 return run(i + 1)
 
-        with _autocast(self.autocast), Repeatable(random, self.where), _statistics.Replaying(known):
+        with _autocast(self.autocast), Repeatable(random, self.where), batch_statistics.Replaying(known):
             return run(0)
 
 

@@ -26,14 +26,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from revify._compiled_evaluation import CompiledEvaluation
-from revify._coupling import Coupling
-from revify._draws import Random, Repeatable
-from revify._function import Enter, check_branch, shadow_of
-from revify._opaque import after, check, samples
+from revify._engine.compiled.evaluation import CompiledEvaluation
+from revify._engine.compiled.operators import after, check, samples
+from revify._engine.compiled.random import Random, Repeatable
+from revify._engine.coupling import Coupling
+from revify._engine.update import Enter, check_branch, shadow_of
 
 if TYPE_CHECKING:
-    from revify._chain import ReversibleChain
+    from revify._engine.chain import ReversibleChain
 
 
 def run_chain(

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from revify._chain import ReversibleChain, store_activations
+from revify._engine.chain import ReversibleChain, store_activations
 from revify._errors import RevifyError
 from revify._table import table
 

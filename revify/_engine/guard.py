@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from revify._coupling import largest
+from revify._engine.coupling import largest
 from revify._errors import ReconstructionError
 from revify._fake import has_values
 

@@ -1,0 +1,1 @@
+"""What runs in training: the recurrence, its backward pass, a second evaluation that leaves no trace."""
