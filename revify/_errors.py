@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 
 class RevifyError(Exception):
     """Base class of the errors that revify raises on purpose."""
@@ -10,13 +13,20 @@ class RevifyError(Exception):
 class NotConvertibleError(RevifyError):
     """The model holds nothing that can be converted, or, with ``strict=True``, something that cannot.
 
-    The message lists every reason, each with its place and a remedy. ``code`` is the short word for it that a
-    `Refusal` carries.
+    The message lists every reason, each with its place and a remedy; ``refusals`` has them as in a `Report`.
     """
 
-    def __init__(self, message: str, code: str = "not-convertible") -> None:
+    def __init__(self, message: str, code: str = "not-convertible", refusals: Sequence[Any] = ()) -> None:
         super().__init__(message)
-        self.code = code
+        self.code, self.refusals = code, tuple(refusals)
+
+
+class UnitError(RevifyError):
+    """A residual addition that cannot run as a reversible update. ``unit`` is its name."""
+
+    def __init__(self, message: str, unit: str) -> None:
+        super().__init__(message)
+        self.unit = unit
 
 
 class ReconstructionError(RevifyError):

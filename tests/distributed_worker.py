@@ -92,7 +92,7 @@ def wrapped_models(case: str, rank: int) -> None:
     # Rounded weights give other gradients than whole ones, so the same is compared, sharded alike, stored.
     if case == "fsdp-mixed-precision":
         sharded(single, case)
-        single.chain.stores_activations = True  # type: ignore[union-attr]
+        single.chain.settings.stores_activations = True  # type: ignore[union-attr]
     x = torch.randn(8, 3, 6, 6)
     if case in FSDP:
         sharded(model, case)

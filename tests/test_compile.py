@@ -207,7 +207,7 @@ def test_autocast() -> None:
             value = loss(m(x, x))
         value.backward()
 
-    as_eager(chain(), run)
+    as_eager(chain(), run, tolerance=1e-6)  # which kernels compute in bfloat16 depends on the processor
     as_eager(chain().bfloat16(), lambda m: loss(m(x.bfloat16(), x.bfloat16())).backward())
 
 

@@ -24,10 +24,10 @@ def test_not_a_module(function: Any, model: Any) -> None:
 @pytest.mark.parametrize(
     ("name", "reason"),
     [
-        ("vgg11", "there is no residual addition .* its layers follow one another"),
+        ("vgg11", "there is no residual addition"),
         ("alexnet", "there is no residual addition"),
-        ("densenet121", "its blocks join by .* concatenations"),
-        ("shufflenet_v2_x0_5", "its blocks join by .* concatenations"),
+        ("densenet121", "there is no residual addition"),
+        ("shufflenet_v2_x0_5", "there is no residual addition"),
     ],
 )
 def test_models_without_residual_additions(name: str, reason: str) -> None:
@@ -92,7 +92,7 @@ def test_example_inputs(example: Any) -> None:
 
 
 def test_converting_twice() -> None:
-    with pytest.raises(revify.RevifyError, match="holds a ReversibleChain already"):
+    with pytest.raises(revify.RevifyError, match="is converted already"):
         revify.convert(revify.convert(models.resnet32()))
 
 

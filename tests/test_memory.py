@@ -78,7 +78,7 @@ def branch():
     ))
 
 chain = revify.ReversibleChain([branch() for _ in range(36)])
-chain.stores_activations = sys.argv[1] == "stored"
+chain.settings.stores_activations = sys.argv[1] == "stored"
 x = torch.randn(64, 16, 32, 32)
 
 def step():

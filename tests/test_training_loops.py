@@ -272,7 +272,7 @@ def test_functional_call_grad_and_vmap_in_eval(model: nn.Module, x: Tensor) -> N
         model.zero_grad()
         model(sample[None]).square().sum().backward()
         for name, p in model.named_parameters():
-            torch.testing.assert_close(per_sample[name][i], p.grad, rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(per_sample[name][i], p.grad, rtol=1e-3, atol=1e-3)
 
 
 def test_functional_call_in_training(model: nn.Module, x: Tensor) -> None:
@@ -330,7 +330,7 @@ def test_onnx_in_eval(exact: bool, tmp_path: Path) -> None:
     x = torch.randn(5, 3, 16, 16)
     model(x)  # running statistics of some data
     model.eval()
-    file, shapes = tmp_path / "model.onnx", (({0: torch.export.Dim("batch")},),)
+    file, shapes = tmp_path / "model.onnx", ({0: torch.export.Dim("batch")},)
     torch.onnx.export(model, (x[:2],), file, dynamo=True, dynamic_shapes=shapes, input_names=["x"], verbose=False)
     (y,) = ReferenceEvaluator(str(file)).run(None, {"x": x.numpy()})
     torch.testing.assert_close(torch.from_numpy(y), model(x))

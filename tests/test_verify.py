@@ -31,7 +31,7 @@ def test_a_sound_model(make: Callable[[], nn.Module], exact: bool) -> None:
     assert "input 0" in result.inputs
     assert len(result.parameters) == len(list(model.parameters()))
     assert str(result).startswith("ok")
-    assert "reversible_0, at " in str(result)
+    assert "chain 1, at " in str(result)
 
 
 def test_verify_leaves_no_trace() -> None:

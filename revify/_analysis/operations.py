@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import fx, nn
+
+from revify._bijections import BIJECTIONS
 
 ACTIVATIONS: tuple[type[nn.Module], ...] = (
     nn.ReLU,
@@ -87,6 +88,7 @@ _LINEAR_NAMES = {
         "narrow",
         "boolean_dispatch",
     ),
+    *("zeros", "zeros_like", "new_zeros", "to", "type", "type_as", "float"),
 }
 _SCALING = {"mul", "imul", "truediv", "div", "neg", "multiply", "mul_", "div_"}
 _SHAPE_ATTRIBUTES = {"shape", "dtype", "device", "ndim", "layout", "is_cuda", "requires_grad", "itemsize"}
@@ -102,16 +104,47 @@ _SHAPE_METHODS = {
 }
 
 
-class Operations:
-    """The facts, for the graph of one model."""
+Graphs = Callable[[nn.Module], "fx.Graph | None"]  # of a module's own forward, where it can be traced
 
-    def __init__(self, graph: fx.Graph, root: nn.Module) -> None:
-        self.graph, self.root = graph, root
-        self.modules = dict(root.named_modules(remove_duplicate=False))
+
+_WRITE_NOTHING = (nn.modules.conv._ConvNd, nn.Linear, nn.MultiheadAttention, *_NORMS)
+_VIEW_NAMES = {
+    *(
+        "flatten",
+        "reshape",
+        "view",
+        "permute",
+        "transpose",
+        "unsqueeze",
+        "squeeze",
+        "getitem",
+        "expand",
+        "chunk",
+        "split",
+    ),
+    *("contiguous", "size", "dim", "narrow", "unflatten", "movedim", "getattr"),
+}
+
+
+class Operations:
+    """The facts, for the graph of one module. ``graphs`` tells what its submodules do."""
+
+    def __init__(self, graph: fx.Graph, root: nn.Module, graphs: Graphs = lambda module: None) -> None:
+        self.graph, self.root, self.graphs = graph, root, graphs
         self._shape_reads: dict[fx.Node, bool] = {}
 
+    def of(self, module: nn.Module) -> Operations | None:
+        """Of what a submodule does."""
+        graph = self.graphs(module)
+        return None if graph is None else Operations(graph, module, self.graphs)
+
     def module(self, node: fx.Node) -> nn.Module | None:
-        return self.modules.get(str(node.target)) if node.op == "call_module" else None
+        if node.op != "call_module":
+            return None
+        found: nn.Module = self.root
+        for name in str(node.target).split("."):
+            found = getattr(found, name)
+        return found
 
     def name(self, node: fx.Node) -> str:
         """The name of the called function or method, in the library's spelling."""
@@ -145,12 +178,28 @@ class Operations:
             or (node.op == "call_function" and name.endswith("_"))
             or (node.op == "call_function" and getattr(operator, name, None) is node.target and name in _IN_PLACE)
             or node.kwargs.get("inplace") is True
-            or getattr(self.module(node), "inplace", False) is True
+            or self._module_writes(self.module(node))
             or (name in _ACTIVATION_NAMES and True in node.args[1:])
         )
         return first if in_place else None
 
+    def _module_writes(self, module: nn.Module | None) -> bool:
+        """Whether a module overwrites its input."""
+        if module is None or isinstance(module, _WRITE_NOTHING):
+            return False
+        if getattr(module, "inplace", False) is True:
+            return isinstance(module, (*ACTIVATIONS, nn.modules.dropout._DropoutNd))
+        if isinstance(module, nn.Sequential):
+            first = next((m for m in module if not isinstance(m, nn.Identity)), None)
+            return self._module_writes(first)
+        inner = self.of(module)
+        return inner is not None and any(
+            (written := inner.writes(node)) is not None and written.op == "placeholder" for node in inner.graph.nodes
+        )
+
     def is_identity(self, node: fx.Node) -> bool:
+        if self.name(node) in ("mul", "truediv", "div") and len(node.args) == 2 and isinstance(node.args[0], fx.Node):
+            return type(node.args[1]) in (int, float) and bool(node.args[1] == 1)
         return type(self.module(node)) is nn.Identity
 
     def is_activation(self, node: fx.Node) -> bool:
@@ -169,11 +218,52 @@ class Operations:
         """Whether the node may stand in a projection shortcut."""
         module = self.module(node)
         if module is not None:
-            if self.is_norm(node):
-                name = type(module).__name__.lower()  # a class of the user's own may hold an activation too
-                return type(module).__module__.startswith("torch.nn") or ("norm" in name and "act" not in name)
-            return isinstance(module, _LINEAR)
-        return node.op == "get_attr" or self.name(node) in _LINEAR_NAMES or self.is_shape_read(node)
+            return self._module_is_linear(module)
+        data = node.target is getattr and str(node.args[1]) == "data"
+        return node.op == "get_attr" or self.name(node) in _LINEAR_NAMES or data or self.is_shape_read(node)
+
+    def _module_is_linear(self, module: nn.Module) -> bool:
+        if isinstance(module, ACTIVATIONS):
+            return False
+        if isinstance(module, _LINEAR):
+            return True
+        if isinstance(module, nn.Sequential):
+            return all(map(self._module_is_linear, module))
+        name = type(module).__name__.lower()
+        if "norm" in name and not list(module.children()):
+            return "act" not in name  # a class of the user's own may hold an activation too
+        inner = self.of(module)
+        return inner is not None and all(
+            n.op in ("placeholder", "output") or inner.is_linear(n) or inner.is_identity(n) for n in inner.graph.nodes
+        )
+
+    def weight(self, node: fx.Node) -> int:
+        """About how many tensors plain autograd keeps for the node: one for each operation in it."""
+        module = self.module(node)
+        if module is not None:
+            return self._module_weight(module)
+        free = node.op not in ("call_function", "call_method") or self.is_shape_read(node) or self.is_identity(node)
+        return 0 if free or self.name(node) in _VIEW_NAMES else 1
+
+    def _module_weight(self, module: nn.Module) -> int:
+        if isinstance(module, (nn.Identity, nn.Flatten)):
+            return 0
+        if isinstance(module, nn.MultiheadAttention):
+            return 4
+        if isinstance(module, nn.Sequential):
+            return sum(map(self._module_weight, module))
+        inner = None if type(module).__module__.startswith("torch.nn") else self.of(module)
+        if inner is not None:
+            return sum(map(inner.weight, inner.graph.nodes))
+        leaves = [m for m in module.modules() if not list(m.children())]
+        return max(1, sum(not isinstance(m, (nn.Identity, nn.Dropout)) for m in leaves))
+
+    def is_view(self, node: fx.Node) -> bool:
+        """Whether the node moves elements and changes none: it acts on both streams."""
+        return node.op in ("call_method", "call_function") and self.name(node) in BIJECTIONS
+
+    def is_assertion(self, node: fx.Node) -> bool:
+        return node.target is torch._assert
 
     def is_scaling(self, node: fx.Node) -> bool:
         return self.name(node) in _SCALING
@@ -215,31 +305,3 @@ class Operations:
 
 
 _IN_PLACE = {"iadd", "isub", "imul", "itruediv", "ifloordiv", "ipow"}
-
-
-def functional(module: nn.Module) -> Any:
-    """The out-of-place function of an activation module that works in place, or None."""
-    make = _FUNCTIONAL.get(type(module))
-    return make(module) if make else None
-
-
-_FUNCTIONAL: dict[type[nn.Module], Any] = {
-    nn.ReLU: lambda m: F.relu,
-    nn.ReLU6: lambda m: F.relu6,
-    nn.SiLU: lambda m: F.silu,
-    nn.Mish: lambda m: F.mish,
-    nn.SELU: lambda m: F.selu,
-    nn.Hardswish: lambda m: F.hardswish,
-    nn.Hardsigmoid: lambda m: F.hardsigmoid,
-    nn.LeakyReLU: lambda m: lambda x: F.leaky_relu(x, m.negative_slope),
-    nn.ELU: lambda m: lambda x: F.elu(x, m.alpha),
-    nn.CELU: lambda m: lambda x: F.celu(x, m.alpha),
-}
-
-
-def activate(activation: nn.Module, x: Any) -> Any:
-    """``activation(x)`` that leaves x as it is, whatever the module's ``inplace`` says."""
-    if not getattr(activation, "inplace", False):
-        return activation(x)
-    function = None if activation._forward_hooks or activation._forward_pre_hooks else functional(activation)
-    return function(x) if function else activation(x.clone())

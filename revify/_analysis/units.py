@@ -1,21 +1,19 @@
-"""graph -> residual units. Reads the graph, changes nothing.
+"""graph of one module -> its residual units. Reads the graph, changes nothing.
 
 A unit is an addition ``z' = skip(z) + f(z)``. Dataflow alone decides: which values an addition's operands depend on,
 and who else reads them. Shapes, dtypes, devices and assertions on them are no data.
 
-Requires: a graph that is right in both modes. Leaves: units, and refusals of additions that look like units.
+Requires: a `Trace` of a module. Leaves: units, and refusals of additions that look like units.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from torch import fx, nn
+from torch import fx
 
 from revify._analysis.operations import Operations
-from revify._analysis.report import Refusal
-from revify._analysis.trace import module_path
 
 
 @dataclass(frozen=True)
@@ -24,28 +22,32 @@ class Unit:
 
     Attributes:
         z: the value that both read.
+        heads: what lies between z and a norm that branch and projection share; each calls it for itself.
         total: the addition.
         terms: what is added to the skip, each with its factor.
         branch: the nodes between z and the terms.
         skip: the nodes between z and the skip's end; None for an identity unit.
         skip_end: the value that is added to the branch; z itself for an identity unit.
         sums: the additions that make up the total, the last one being the total.
+        sides: the nodes of the branch whose values are read outside of it too.
     """
 
     z: fx.Node
+    heads: tuple[fx.Node, ...]
     total: fx.Node
     terms: tuple[tuple[fx.Node, float], ...]
     branch: tuple[fx.Node, ...]
     skip: tuple[fx.Node, ...] | None
     skip_end: fx.Node
     sums: tuple[fx.Node, ...]
+    sides: tuple[fx.Node, ...] = ()
 
     @property
     def kind(self) -> str:
         return "identity" if self.skip is None else "transition"
 
     def nodes(self) -> set[fx.Node]:
-        return {*self.branch, *(self.skip or ()), *self.sums}
+        return {*self.heads, *self.branch, *(self.skip or ()), *self.sums}
 
 
 class _Refused(Exception):
@@ -56,9 +58,9 @@ class _Refused(Exception):
 class UnitFinder:
     """Finds the units of one graph; what it refuses is added to ``refusals``."""
 
-    def __init__(self, graph: fx.Graph, root: nn.Module) -> None:
-        self.ops = Operations(graph, root)
-        self.nodes = list(graph.nodes)
+    def __init__(self, ops: Operations) -> None:
+        self.ops = ops
+        self.nodes = list(ops.graph.nodes)
         self.order = {node: i for i, node in enumerate(self.nodes)}
         # Bit i of a node's set: its value depends on that of node i.
         self.sources: dict[fx.Node, int] = {}
@@ -67,40 +69,65 @@ class UnitFinder:
             for other in self.ops.data_inputs(node):
                 bits |= self.sources[other]
             self.sources[node] = bits
-        self.refusals: list[tuple[fx.Node, Refusal]] = []
+        self.refusals: list[tuple[fx.Node, str, str]] = []
 
     def depends(self, node: fx.Node, on: fx.Node) -> bool:
         return bool(self.sources[node] >> self.order[on] & 1)
 
-    def refuse(self, node: fx.Node, code: str, message: str) -> None:
-        path = module_path(node)
-        self.refusals.append((node, Refusal(f"{path}.{node.name}" if path else node.name, code, message)))
-
     def units(self) -> list[Unit]:
         """The units that lie within no other, in the graph's order."""
+        units = self._outermost(self.nodes)
+        units = self._without_post_norm(units)
+        self.refusals.sort(key=lambda entry: self.order[entry[0]])
+        return units
+
+    def _outermost(self, nodes: Sequence[fx.Node]) -> list[Unit]:
         units: list[Unit] = []
         covered: set[fx.Node] = set()
-        for node in reversed(self.nodes):
+        for node in reversed(nodes):
             if node in covered or not self.ops.terms(node):
                 continue
             try:
-                unit = self._unit(node)
+                unit = self._unit(node, {unit.z for unit in units})
             except _Refused as refused:
-                self.refuse(node, refused.code, refused.message)
+                self.refusals.append((node, refused.code, refused.message))
                 continue
-            if unit is not None:
-                units.append(unit)
+            if unit is not None and any(n in covered and not self.ops.is_shape_read(n) for n in unit.nodes()):
+                self.refusals.append((node, "entangled", _ENTANGLED))
+            elif unit is not None:
+                units += self._inner_where_better(unit)[::-1]
                 covered |= unit.nodes()
         return units[::-1]
 
-    def _unit(self, total: fx.Node) -> Unit | None:
-        """The unit that ends in an addition, or None where there is no skip at all."""
+    def _inner_where_better(self, unit: Unit) -> list[Unit]:
+        """The units inside of a unit's branch, where converting these leaves less to hold at the peak than the unit
+        itself does: two streams, what the widest branch makes when it is evaluated again, and what is stored."""
+        if unit.skip is not None or not any(self.ops.terms(node) for node in unit.branch):
+            return [unit]
+        known = len(self.refusals)
+        inner = self._outermost(unit.branch)
+        if inner:
+            rest = unit.nodes().difference(*(u.nodes() for u in inner))
+            held = 2 + sum(map(self.ops.weight, rest)) + max(self.branch_weight(u) for u in inner)
+            if held < 2 + self.branch_weight(unit):
+                return inner
+        del self.refusals[known:]
+        return [unit]
+
+    def branch_weight(self, unit: Unit) -> int:
+        return sum(map(self.ops.weight, unit.branch))
+
+    def _unit(self, total: fx.Node, read_on: set[fx.Node]) -> Unit | None:
+        """The unit that ends in an addition, or None where there is no skip at all. ``read_on``: what later units
+        read."""
         terms, sums = self._flat_terms(total)
         for position in sorted(range(len(terms)), key=lambda i: self.order[terms[i][0]]):  # the outermost skip first
             z, factor = self._through_identity(terms[position][0]), terms[position][1]
             others = terms[:position] + terms[position + 1 :]
             dependent = [self.depends(term, z) and term is not z for term, _ in others]
             if any(dependent) and all(d or self._unrelated(t, z) for d, (t, _) in zip(dependent, others, strict=True)):
+                if not all(dependent) and not self._goes_on(total, read_on):
+                    continue  # the term that depends on no state is added to what the chain makes
                 if factor != 1.0:
                     raise _Refused("scaled-skip", _SCALED.format(factor=f"{factor:g}"))
                 self._check_in_place(z, total, sums)
@@ -108,6 +135,15 @@ class UnitFinder:
         if len(terms) != 2:
             terms, sums = self.ops.terms(total), (total,)
         return self._transition_unit(total, terms, sums)
+
+    def _goes_on(self, total: fx.Node, read_on: set[fx.Node]) -> bool:
+        node = total
+        while node not in read_on:
+            users = self.ops.data_users(node)
+            if len(users) != 1 or not self.ops.is_activation(users[0]):
+                return False
+            node = users[0]
+        return True
 
     def _unrelated(self, a: fx.Node, b: fx.Node) -> bool:
         """Whether nothing but parameters and buffers goes into both."""
@@ -137,9 +173,8 @@ class UnitFinder:
     ) -> Unit:
         branch = self._region(z, [t for t, _ in terms])
         identities = {n for t, _ in self._all_terms(sums) for n in self._identities(t, z)}
-        unit = Unit(z, total, tuple(terms), branch, None, z, (*sorted(identities, key=self.order.get), *sums))  # type: ignore[arg-type]
-        self._check_closed(unit)
-        return unit
+        sums = (*sorted(identities, key=self.order.get), *sums)  # type: ignore[arg-type]
+        return self._with_sides(Unit(z, (), total, tuple(terms), branch, None, z, sums))
 
     def _all_terms(self, sums: Iterable[fx.Node]) -> list[tuple[fx.Node, float]]:
         return [term for node in sums for term in self.ops.terms(node)]
@@ -157,7 +192,7 @@ class UnitFinder:
     ) -> Unit | None:
         (a, factor_a), (b, factor_b) = terms
         common = self.sources[a] & self.sources[b]
-        candidates = [n for n in self.nodes if common >> self.order[n] & 1 and n.op != "get_attr"]
+        candidates = [n for n in self.nodes if common >> self.order[n] & 1 and self._is_state(n)]
         if not candidates:
             return None
         z = candidates[-1]
@@ -179,19 +214,46 @@ class UnitFinder:
         if factor_a != 1.0:
             raise _Refused("scaled-skip", _SCALED.format(factor=f"{factor_a:g}"))
         self._check_in_place(z, total, sums)
-        unit = Unit(z, total, ((b, factor_b),), region_b, region_a, a, sums)
-        self._check_closed(unit)
-        return unit
+        z, heads = self._heads(z, {*region_a, *region_b})
+        return self._with_sides(Unit(z, heads, total, ((b, factor_b),), region_b, region_a, a, sums))
+
+    def _is_state(self, node: fx.Node) -> bool:
+        """Whether a node may be a state: a tensor that is made of the module's inputs."""
+        if node.op == "get_attr" or self.ops.name(node) in _MAKE_TUPLES:
+            return False
+        return any(self.sources[node] >> self.order[n] & 1 for n in self.nodes if n.op == "placeholder")
+
+    def _heads(self, z: fx.Node, readers: set[fx.Node]) -> tuple[fx.Node, tuple[fx.Node, ...]]:
+        """The state ahead of norms and activations that a branch and its projection share, and these: each of the two
+        calls them for itself, so that the state is what travels."""
+        heads: list[fx.Node] = []
+        node = z
+        while node.op != "placeholder" and not self.ops.terms(node):
+            inputs = [n for n in self.ops.data_inputs(node) if n.op != "get_attr"]
+            users = set(self.ops.data_users(node))
+            shared = users <= readers if node is z else users == {heads[-1]}
+            if not (self.ops.is_norm(node) or self.ops.is_activation(node)) or len(inputs) != 1 or not shared:
+                return z, ()
+            heads.append(node)
+            node = inputs[0]
+        if not any(map(self.ops.is_norm, heads)):
+            return z, ()  # an activation goes with the streams
+        return node, tuple(heads[::-1])
 
     def _is_scaling(self, region: Sequence[fx.Node]) -> bool:
         return all(self.ops.is_scaling(n) or self.ops.is_shape_read(n) for n in region)
 
     def _region(self, z: fx.Node, ends: Sequence[fx.Node]) -> tuple[fx.Node, ...]:
-        """The nodes between z and the ends: those whose value, or whose shape, comes from z."""
+        """The nodes between z and the ends: those whose value comes from z, and what reads the shapes of these."""
         region: set[fx.Node] = set()
         reaches: dict[fx.Node, bool] = {z: True}
         for node in self.nodes[self.order[z] + 1 : max(map(self.order.__getitem__, ends)) + 1]:
-            reaches[node] = any(reaches.get(other, False) for other in node.all_input_nodes)
+            inputs = (
+                (n for n in node.all_input_nodes if n is not z)
+                if self.ops.is_shape_read(node)
+                else node.all_input_nodes
+            )
+            reaches[node] = any(reaches.get(other, False) for other in inputs)
         pending = [end for end in ends if end is not z]
         while pending:
             node = pending.pop()
@@ -200,21 +262,21 @@ class UnitFinder:
                 pending.extend(node.all_input_nodes)
         return tuple(sorted(region, key=self.order.__getitem__))
 
-    def _check_closed(self, unit: Unit) -> None:
-        """Nothing outside may read a value from inside the unit."""
-        inside = unit.nodes()
-        for node in inside - {unit.total}:
-            if self.ops.is_shape_read(node) and self.ops.shape_roots(node).isdisjoint(inside):
-                continue  # can be read again
-            for user in node.users:
-                if user not in inside and not self.is_droppable(user):
-                    raise _Refused(
-                        "escapes",
-                        f"the value {node.name} inside the branch is also read by {user.name}, outside of it, so the "
-                        "branch cannot be evaluated on its own. Compute that value outside of the residual block.",
-                    )
+    def _with_sides(self, unit: Unit) -> Unit:
+        """With the values inside of the branch that are read outside of it too."""
         if not unit.branch:
             raise _Refused("ambiguous", "the branch is empty.")
+        inside = unit.nodes()
+        sides: list[fx.Node] = []
+        for node in sorted(inside - {unit.total}, key=self.order.__getitem__):
+            if self.ops.is_shape_read(node) and self.ops.shape_roots(node).isdisjoint(inside):
+                continue  # can be read again
+            readers = [user for user in node.users if user not in inside and not self.is_droppable(user)]
+            if readers and node not in unit.branch:
+                raise _Refused("escapes", _ESCAPES.format(name=node.name, reader=readers[0].name))
+            if readers:
+                sides.append(node)
+        return replace(unit, sides=tuple(sides))
 
     def is_droppable(self, node: fx.Node) -> bool:
         """A read of a shape that only assertions use."""
@@ -231,7 +293,48 @@ class UnitFinder:
                     "out-of-place form (inplace=False).",
                 )
 
+    def _without_post_norm(self, units: list[Unit]) -> list[Unit]:
+        """The units without those whose sum goes through a norm before the next skip reads it, or before the module
+        returns it, as all its sums do."""
+        by_z = {unit.z: unit for unit in units}
+        normed: dict[fx.Node, Unit | None] = {}  # a total and the unit that reads its norm (None: it is returned)
+        for unit in units:
+            node, norms = unit.total, 0
+            while True:
+                users = self.ops.data_users(node)
+                if len(users) != 1 or not (self.ops.is_norm(users[0]) or self.ops.is_activation(users[0])):
+                    break
+                node, norms = users[0], norms + self.ops.is_norm(users[0])
+                if norms and node in by_z and by_z[node].skip is None:
+                    break
+            users = self.ops.data_users(node)
+            if norms and node in by_z and by_z[node].skip is None:
+                normed[unit.total] = by_z[node]
+            elif norms and users and all(user.op == "output" for user in users):
+                normed[unit.total] = None
+        refused = {total for total, reader in normed.items() if reader is not None}
+        refused |= {reader.total for reader in normed.values() if reader is not None}
+        if len(normed) == len(units):
+            refused |= set(normed)
+        for unit in units:
+            if unit.total in refused:
+                self.refusals.append((unit.total, "post-norm", _POST_NORM))
+        return [unit for unit in units if unit.total not in refused]
 
+
+_MAKE_TUPLES = {"chunk", "split", "unbind", "tensor_split", "meshgrid", "broadcast_tensors"}
+_POST_NORM = (
+    "a norm with parameters follows the addition, on the path that the next skip reads (post-norm), so the state "
+    "cannot be carried past it. Use the pre-norm form of the block (norm_first=True)."
+)
+_ENTANGLED = (
+    "its branch shares a computation with the branch of a later addition, so neither can be evaluated on its own. "
+    "Compute what both need outside of the residual blocks."
+)
+_ESCAPES = (
+    "the value {name} of the projection is also read by {reader}, so the projection cannot be evaluated on its own. "
+    "Compute that value outside of the residual block."
+)
 _SCALED = (
     "the skip is scaled by {factor}: only a skip that is the identity or a projection can be inverted. "
     "Move the scale into the branch."

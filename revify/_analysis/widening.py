@@ -14,8 +14,9 @@ from dataclasses import dataclass
 
 from torch import Tensor, fx, nn
 
-from revify._analysis.chains import Chain
+from revify._analysis.links import Chain, Links
 from revify._analysis.operations import Operations
+from revify._analysis.trace import Trace, module_path
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,7 @@ class Widening:
         inputs: layers that get twice the inputs, by path.
         norms: normalisations that get twice the channels, by path.
         tensors: parameters and buffers to be doubled along an axis, by path.
-        sizes: calls with the number of channels among their arguments, and the position of that argument.
+        numbers: attributes that hold the number of channels, which forward reads: (path of the module, name).
     """
 
     axis: int
@@ -36,31 +37,43 @@ class Widening:
     inputs: tuple[str, ...]
     norms: tuple[str, ...]
     tensors: tuple[tuple[str, int], ...]
-    sizes: tuple[tuple[fx.Node, int], ...]
+    numbers: tuple[tuple[str, str], ...]
 
 
 class NotWidenable(Exception):
     """Names the operation that stands in the way."""
 
 
-def widen_entry(chain: Chain, ops: Operations, owned: Container[fx.Node]) -> Widening:
-    """``owned`` are the nodes of all chains, which keep their widths."""
-    inside = chain.nodes()
-    if any(user not in inside and not ops.is_shape_read(user) for user in chain.entry.users):
-        raise NotWidenable(f"its input {chain.entry.name} is read outside of it too")
-    return _Walk(ops, _channel_axis(chain, ops), owned).back(chain.entry)
+def widen_entry(chain: Chain, root: nn.Module, links: Links, blocks: Container[str]) -> Widening:
+    """``blocks`` are the paths of all blocks, which keep their widths."""
+    walk, entry, first = _walk(chain, root, links, blocks), chain.entry, chain.segments[0]
+    if entry is None:
+        raise NotWidenable("it begins inside of a block")
+    inside = set().union(*(unit.nodes() for unit in first.units))
+    for user in walk.ops.data_users(entry):
+        if user not in inside and not (user.op == "call_module" and user.target == first.block.path):
+            raise NotWidenable(f"its input {entry.name} is read outside of it too")
+    return walk.back(entry)
 
 
-def widen_exit(chain: Chain, ops: Operations, owned: Container[fx.Node]) -> Widening:
-    """``owned`` are the nodes of all chains, which keep their widths."""
-    return _Walk(ops, _channel_axis(chain, ops), owned).forth(chain.total)
+def widen_exit(chain: Chain, root: nn.Module, links: Links, blocks: Container[str]) -> Widening:
+    """``blocks`` are the paths of all blocks, which keep their widths."""
+    if chain.end is None or (chain.segments[-1].exit is None and chain.segments[-1].block.path):
+        raise NotWidenable("it ends inside of a block")
+    return _walk(chain, root, links, blocks).forth(chain.end)
 
 
-def _channel_axis(chain: Chain, ops: Operations) -> int:
+def _walk(chain: Chain, root: nn.Module, links: Links, blocks: Container[str]) -> _Walk:
+    if links.graph is None:
+        raise NotWidenable("the model's own forward cannot be traced")
+    owned = {node for s in links.chains for seg in s.segments for unit in seg.units for node in unit.nodes()}
+    return _Walk(links.graph, root, _channel_axis(chain), blocks, owned)
+
+
+def _channel_axis(chain: Chain) -> int:
     """Where the channels of the streams are: 1, or -1, as the layers that read them have it."""
-    for link in chain.links:
-        for node in link.unit.branch:
-            module = ops.module(node)
+    for segment in chain.segments:
+        for module in segment.block.module.modules():
             if isinstance(module, (nn.modules.conv._ConvNd, *_CHANNELS_FIRST)):
                 return 1
             if isinstance(module, (nn.Linear, nn.MultiheadAttention, *_CHANNELS_LAST)):
@@ -82,13 +95,16 @@ _ALIKE_NAMES = {"dropout", "contiguous", "boolean_dispatch", "adaptive_avg_pool2
 
 
 class _Walk:
-    def __init__(self, ops: Operations, axis: int, owned: Container[fx.Node]) -> None:
-        self.ops, self.axis, self.owned = ops, axis, owned
+    def __init__(
+        self, trace: Trace, root: nn.Module, axis: int, blocks: Container[str], owned: Container[fx.Node]
+    ) -> None:
+        self.trace, self.ops = trace, Operations(trace.graph, root)
+        self.axis, self.blocks, self.owned = axis, blocks, owned
         self.outputs: list[str] = []
         self.inputs: list[str] = []
         self.norms: list[str] = []
         self.tensors: list[tuple[str, int]] = []
-        self.sizes: list[tuple[fx.Node, int]] = []
+        self.numbers: list[tuple[str, str]] = []
 
     def back(self, entry: fx.Node) -> Widening:
         """From a value to the layers that make it."""
@@ -131,7 +147,7 @@ class _Walk:
         return self._result()
 
     def _check(self, node: fx.Node) -> None:
-        if node in self.owned:
+        if node in self.owned or (node.op == "call_module" and str(node.target) in self.blocks):
             raise NotWidenable(f"{node.name} belongs to another chain, whose layers keep their widths")
 
     def _result(self) -> Widening:
@@ -141,7 +157,7 @@ class _Walk:
             tuple(self.inputs),
             tuple(self.norms),
             tuple(self.tensors),
-            tuple(self.sizes),
+            tuple(self.numbers),
         )
 
     def _sources(self, node: fx.Node, axis: int) -> Iterable[tuple[fx.Node, int]]:
@@ -158,7 +174,7 @@ class _Walk:
         if name == "permute":
             return [(data[0], self._permuted(node, axis))]
         if name in ("reshape", "view") and axis == 1 and isinstance(node.args[2], int):
-            self.sizes.append((node, 2))
+            self._number(node, node.args[2])
             return [(data[0], 1)]
         return [(data[0], self._result_axis(node, data[0], axis))]
 
@@ -169,7 +185,12 @@ class _Walk:
             self.norms.append(self._own(node))
             return axis
         if name == "layer_norm" and axis == -1:
-            self.sizes.append((node, 1))
+            owner = self.ops.root.get_submodule(module_path(node)) if module_path(node) else None
+            if isinstance(owner, _CHANNELS_LAST):  # a subclass that moves the axes around
+                self.norms.append(module_path(node))
+                return axis
+            size = node.args[1]
+            self._number(node, size[-1] if isinstance(size, (tuple, list)) else size)
             self.tensors += [(self._own(n), 0) for n in node.all_input_nodes if n.op == "get_attr"]
             return axis
         if isinstance(module, _ALIKE) or self.ops.is_activation(node) or name in _ALIKE_NAMES:
@@ -185,6 +206,14 @@ class _Walk:
         if name == "getitem" and axis == -1 and isinstance(node.args[1], tuple) and Ellipsis not in node.args[1]:
             return axis
         raise NotWidenable(_in_the_way(node))
+
+    def _number(self, node: fx.Node, size: object) -> None:
+        """Finds the attribute from which forward has a number of channels."""
+        path = module_path(node)
+        names = [name for (p, name), value in self.trace.reads.items() if p == path and value == size]
+        if len(names) != 1:
+            raise NotWidenable(_in_the_way(node))
+        self.numbers.append((path, names[0]))
 
     def _permuted(self, node: fx.Node, axis: int) -> int:
         order = [d % len(_dimensions(node)) for d in _dimensions(node)]

@@ -3,20 +3,32 @@
 from __future__ import annotations
 
 import copy
+import inspect
+import types
 from dataclasses import dataclass, replace
 from typing import Any
 
-from torch import fx, nn
+import torch
+from torch import Tensor, nn
 
-from revify._analysis.chains import find_chains
-from revify._analysis.operations import Operations
-from revify._analysis.plan import ChainPlan, Plan, make_plan
+from revify._analysis.links import find_links
+from revify._analysis.model import Analyser, Block
+from revify._analysis.observe import observe
+from revify._analysis.plan import Plan, make_plan
 from revify._analysis.report import ChainReport, Refusal, Report, UnitReport
-from revify._analysis.trace import module_path, trace
-from revify._conversion.rewrite import Converted, rewrite
+from revify._conversion.apply import apply
+from revify._conversion.blocks import MODEL, Converted
+from revify._conversion.trial import as_observed, refusal, trial
 from revify._engine.budget import check_memory_budget
-from revify._engine.chain import ReversibleChain, check_coupling, check_exact
+from revify._engine.chain import check_coupling, check_exact, settings_of
 from revify._errors import NotConvertibleError, RevifyError
+
+
+@dataclass(frozen=True)
+class _Options:
+    entry: str
+    exit: str
+    tie_shortcuts: bool
 
 
 def convert(
@@ -63,10 +75,14 @@ def convert(
     analysis = _analyse(model, example_inputs, entry=entry, exit=exit, tie_shortcuts=tie_shortcuts)
     report = analysis.report
     if not report.chains:
-        raise NotConvertibleError(_listing(f"{report.model} has nothing that can be converted", report.refusals))
+        raise NotConvertibleError(
+            _listing(f"{report.model} has nothing that can be converted", report.refusals), refusals=report.refusals
+        )
     if strict and report.refusals:
-        raise NotConvertibleError(_listing(f"{report.model} cannot be converted completely", report.refusals))
-    return rewrite(analysis.graph, analysis.root, analysis.plan, report, exact, memory_budget)
+        raise NotConvertibleError(
+            _listing(f"{report.model} cannot be converted completely", report.refusals), refusals=report.refusals
+        )
+    return apply(analysis.plan, analysis.root, report, exact, memory_budget)
 
 
 def explain(
@@ -88,11 +104,7 @@ def explain(
         RevifyError: an argument is not as it must be.
     """
     _check_options(coupling, entry, exit, tie_shortcuts, exact, memory_budget, strict)
-    try:
-        return _analyse(model, example_inputs, entry=entry, exit=exit, tie_shortcuts=tie_shortcuts).report
-    except NotConvertibleError as error:
-        name = type(model).__name__
-        return Report(name, (), (Refusal(name, error.code, str(error)),), ())
+    return _analyse(model, example_inputs, entry=entry, exit=exit, tie_shortcuts=tie_shortcuts).report
 
 
 def report(model: nn.Module) -> Report:
@@ -101,21 +113,20 @@ def report(model: nn.Module) -> Report:
     Raises:
         RevifyError: the model was not made by `convert`.
     """
-    if not isinstance(model, Converted):
+    held = model.__dict__.get(MODEL) if isinstance(model, nn.Module) else None
+    if not isinstance(held, Converted):
         raise RevifyError(
             f"model must be a model that convert returned, got {type(model).__name__}. "
             "For a model that is not converted, use explain."
         )
-    made = model.revify_report
-    planners = {m.name: m.planner for m in model.modules() if isinstance(m, ReversibleChain)}
-    choices = {name: planner.last for name, planner in planners.items() if planner is not None}
+    choices = {name: planner.last for name, planner in held.settings.planners.items()}
+    made: Report = held.report
     return replace(made, chains=tuple(replace(c, choice=choices.get(c.name)) for c in made.chains))
 
 
 @dataclass(frozen=True)
 class _Analysis:
     root: nn.Module  # a copy of the user's model
-    graph: fx.Graph
     plan: Plan
     report: Report
 
@@ -123,63 +134,121 @@ class _Analysis:
 def _analyse(model: nn.Module, example_inputs: Any, *, entry: str, exit: str, tie_shortcuts: bool) -> _Analysis:
     if not isinstance(model, nn.Module):
         raise RevifyError(f"model must be a torch.nn.Module, got {type(model).__name__}.")
-    if any(isinstance(m, ReversibleChain) for m in model.modules()):
-        raise RevifyError(
-            f"model holds a ReversibleChain already ({type(model).__name__}): pass the model it was made from."
-        )
-    root = copy.deepcopy(model)
-    traced = trace(root, example_inputs)
-    found = find_chains(traced.graph, root)
-    plan = make_plan(traced.graph, root, found.chains, entry=entry, exit=exit, tie_shortcuts=tie_shortcuts)
-    converted = set().union(*(chain.chain.nodes() for chain in plan.chains))
-    inside = {str(node.target) for node in converted if node.op == "call_module"}  # what a branch holds may stay whole
-    refusals = (*(r for r in traced.refusals if r.where not in inside), *found.refusals, *plan.refusals)
-    if not found.chains and not refusals:
-        refusals = (_no_additions(traced.graph, root, type(model).__name__),)
+    check_plain(model)
+    root = _copy(model)
+    calls = {} if example_inputs is None else observe(root, example_inputs)
+    found = Analyser(calls).blocks(root)
+    failed: list[Refusal] = []
+    while True:
+        plan = make_plan(root, found, find_links(root, found), entry=entry, exit=exit, tie_shortcuts=tie_shortcuts)
+        if example_inputs is None or not plan.chains or entry != "duplicate" or exit != "mean":
+            break
+        outcome = trial(plan, root, example_inputs)
+        if outcome.failed is None:
+            plan = plan if outcome.runs is None else as_observed(plan, outcome)
+            break
+        failed.append(refusal(outcome))
+        if not found.drop(outcome.failed[0]):
+            break
+    refusals = (*found.refusals, *failed, *plan.refusals)
+    name = type(model).__name__
+    if not plan.chains and not refusals:
+        refusals = (_no_additions(root, name),)
     chains = tuple(_chain_report(chain) for chain in plan.chains)
-    notes = tuple(_notes(plan, Operations(traced.graph, root)))
-    return _Analysis(root, traced.graph, plan, Report(type(model).__name__, chains, refusals, notes))
+    return _Analysis(root, plan, Report(name, chains, refusals, (*_notes(plan), *found.notes)))
 
 
-def _chain_report(plan: ChainPlan) -> ChainReport:
-    units = (link.unit for link in plan.chain.links)
+def _copy(model: nn.Module) -> nn.Module:
+    """A copy of the model, also of tensors that it holds and that were computed."""
+    memo: dict[int, Any] = {}
+    for module in model.modules():
+        for value in vars(module).values():
+            if isinstance(value, Tensor) and not value.is_leaf:
+                memo[id(value)] = value.detach().clone()
+    made = copy.deepcopy(model, memo)
+    for module in made.modules():
+        for name, value in vars(module).items():
+            if inspect.isfunction(value) and value.__closure__:
+                vars(module)[name] = _bound_anew(value, memo)
+    return made
+
+
+def _bound_anew(function: Any, memo: dict[int, Any]) -> Any:
+    """A local function that was made over modules of the original, over their copies."""
+    cells = tuple(types.CellType(memo.get(id(cell.cell_contents), cell.cell_contents)) for cell in function.__closure__)
+    made = types.FunctionType(function.__code__, function.__globals__, function.__name__, function.__defaults__, cells)
+    made.__kwdefaults__ = function.__kwdefaults__
+    return made
+
+
+def check_plain(model: nn.Module) -> None:
+    name = type(model).__name__
+    if model.__dict__.get(MODEL) is not None or settings_of(model):
+        held = "is converted already" if model.__dict__.get(MODEL) is not None else "holds a ReversibleChain already"
+        raise RevifyError(f"model {held} ({name}): pass the model it was made from.")
+    if hasattr(model, "_orig_mod"):
+        raise RevifyError(
+            "model is compiled: convert the model that was given to torch.compile, and compile the result."
+        )
+    if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
+        raise RevifyError(f"model is wrapped in {name}: convert model.module, and wrap the result.")
+    if isinstance(model, torch.jit.ScriptModule):
+        raise RevifyError(
+            "model is a TorchScript module, which has no Python code to convert: convert it before scripting."
+        )
+    if any(type(p).__name__ == "DTensor" for p in model.parameters()):
+        raise RevifyError("model is sharded: convert it first, and shard the result.")
+    if "forward" in vars(model):
+        raise RevifyError(
+            "model has a forward of its own set on the instance (by accelerate's prepare or a patch, for instance), "
+            "which would go past the converted one: convert the model first, and prepare it then."
+        )
+
+
+def _chain_report(plan: Any) -> ChainReport:
     return ChainReport(
         plan.name,
-        tuple(UnitReport(unit.total.name, unit.kind, module_path(unit.total)) for unit in units),
+        tuple(
+            UnitReport(segment.block.name(unit), unit.kind, segment.block.where(unit))
+            for segment in plan.chain.segments
+            for unit in segment.units
+        ),
         "duplicate" if plan.entry is None else "widen",
         "mean" if plan.exit is None else "concat",
     )
 
 
-def _notes(plan: Plan, ops: Operations) -> list[str]:
+def _notes(plan: Plan) -> list[str]:
     notes = []
     if plan.chains:
         notes.append(
             "The converted model is another function of the same parameters: trained weights are a start to "
             "fine-tune from."
         )
-    links = [link for chain in plan.chains for link in chain.chain.links]
-    if any(ops.is_activation(node) for link in links for node in link.heads):
+    blocks = {s.block.path: s.block for c in plan.chains for s in c.chain.segments}.values()
+    if any(_moves_activation(block) for block in blocks):
         notes.append(
             "The activation after each addition is moved: the streams carry the sum before it, and it is applied "
             "at the head of every branch and projection, and once at the chain's exit."
         )
-    if any(ops.is_norm(node) for link in links for node in link.heads):
+    if any(unit.heads for block in blocks for unit in block.units):
         notes.append("A norm that a branch and its projection share is called for each.")
     if plan.stem is not None:
         notes.append("What lies ahead of the first chain keeps its input alone, and is evaluated again in backward.")
     return notes
 
 
-def _no_additions(graph: fx.Graph, root: nn.Module, name: str) -> Refusal:
-    ops = Operations(graph, root)
-    joins = sum(ops.name(node) in ("cat", "concat", "concatenate") for node in graph.nodes)
-    found = f"its blocks join by {joins} concatenations" if joins else "its layers follow one another"
+def _moves_activation(block: Block) -> bool:
+    ops = block.analysed[0].ops
+    return any(ops.is_activation(user) for unit in block.units for user in ops.data_users(unit.total))
+
+
+def _no_additions(root: nn.Module, name: str) -> Refusal:
     return Refusal(
         name,
         "no-additions",
-        f"there is no residual addition z + f(z): {found}, and nothing of that can be inverted. "
-        "Use a residual network, or activation checkpointing for this one.",
+        "there is no residual addition z + f(z) in it, and nothing else can be inverted. Use a residual network, or "
+        "activation checkpointing for this one.",
     )
 
 

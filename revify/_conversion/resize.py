@@ -25,11 +25,9 @@ def apply(widening: Widening, root: nn.Module) -> None:
     for path, axis in widening.tensors:
         owner, _, name = path.rpartition(".")
         _double(root.get_submodule(owner), name, axis, _repeated)
-    for node, position in widening.sizes:
-        args = list(node.args)
-        size = args[position]
-        args[position] = tuple(2 * n for n in size) if isinstance(size, (tuple, list)) else 2 * size  # type: ignore[operator]
-        node.args = tuple(args)
+    for path, attribute in widening.numbers:
+        reader = root.get_submodule(path)
+        setattr(reader, attribute, 2 * getattr(reader, attribute))
 
 
 def _double_outputs(layer: nn.Module) -> None:

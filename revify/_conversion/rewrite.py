@@ -1,192 +1,211 @@
-"""plan -> model. The only file that makes or changes graphs.
+"""A trace and its units -> the code that a block runs. The only file that makes or changes graphs.
 
-Requires: a plan over a graph of ``root``'s own submodules. Leaves: a `Converted` model that has taken over
-``root``'s submodules, parameters and buffers under their names, and holds the chains as further children that
-own nothing.
+The code is that of the module's own forward, in which each unit is a call of `run_unit`; what its branch and its
+projection compute are regions, which run when the unit says.
+
+Requires: a `Trace` of a module and the units in its graph. Leaves: a `Variant`.
 """
 
 from __future__ import annotations
 
-import copy
 import operator
 import types
-from collections.abc import Callable, Iterable
+from collections.abc import Sequence
 from typing import Any
 
-import torch
-from torch import Tensor, fx, nn
+from torch import fx
 
-from revify._analysis.operations import Operations, activate
-from revify._analysis.plan import ChainPlan, Piece, Plan
-from revify._analysis.report import Report
-from revify._conversion import resize
-from revify._engine.budget import Budget
-from revify._engine.chain import Recomputed, ReversibleChain
+from revify._analysis.operations import Operations
+from revify._analysis.stem import Stem
+from revify._analysis.trace import Context, Trace
+from revify._analysis.units import Unit
+from revify._calls import Constant, under, under_method
+from revify._conversion.blocks import BlockUnit, StemUnit, Variant
 from revify._engine.region import Code, Region, imported
-from revify._engine.step import Step
-
-
-class Converted(nn.Module):
-    """A converted model: the original's submodules, parameters, buffers and hooks, run by the rewritten graph."""
-
-    code: Code
-    revify_report: Report
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.code.function(self, *args, **kwargs)
-
-    def extra_repr(self) -> str:
-        units = sum(len(chain.units) for chain in self.revify_report.chains)
-        return f"{self.revify_report.model}, {units} reversible units"
+from revify._engine.runtime import activate, activated, merged, run_stem, run_unit
 
 
 def rewrite(
-    graph: fx.Graph, root: nn.Module, plan: Plan, report: Report, exact: bool, memory_budget: float | None
-) -> Converted:
-    """Consumes ``graph`` and ``root``."""
-    model = Converted.__new__(Converted)
-    model.__dict__ = root.__dict__
-    ops = Operations(graph, root)
-    for end in (end for chain in plan.chains for end in (chain.entry, chain.exit) if end is not None):
-        resize.apply(end, root)
-    made: dict[int, Region] = {}  # a piece that two steps share, a tied projection, becomes one module
-
-    def region(piece: Piece | None) -> Region | None:
-        if piece is not None and id(piece) not in made:
-            made[id(piece)] = _region(piece, model, ops)
-        return made[id(piece)] if piece is not None else None
-
-    budget = None if memory_budget is None else Budget(memory_budget)
-    chains = [_chain(chain, region, exact, budget) for chain in plan.chains]
-    stem = region(plan.stem)  # every piece is copied before the graph changes
-    current: dict[fx.Node, fx.Node] = {}  # an addition that ended a chain, and what stands in its place
-    for chain, module in zip(plan.chains, chains, strict=True):
-        model.add_module(chain.name, module)
-        current[chain.chain.total] = _call_chain(graph, ops, chain, current)
-    if plan.stem is not None and stem is not None:
-        model.add_module(_STEM, Recomputed(stem, budget))
-        _call_stem(graph, ops, plan.stem)
-    graph.lint()
-    model.code = _code(graph)
-    model.revify_report = report
-    return model
+    trace: Trace, ops: Operations, units: Sequence[Unit], names: Sequence[str], stem: Stem | None = None
+) -> Variant:
+    """``names`` are those of the units."""
+    return _Rewriting(trace, ops, units, names, stem).variant()
 
 
-_STEM = "reversible_stem"
-_STREAM2 = "stream2"  # the modules of untied shortcuts
+class _Rewriting:
+    def __init__(
+        self, trace: Trace, ops: Operations, units: Sequence[Unit], names: Sequence[str], stem: Stem | None
+    ) -> None:
+        self.trace, self.ops, self.units, self.names, self.stem = trace, ops, units, names, stem
+        self.graph = fx.Graph()
+        self.block = self.graph.placeholder("block")
+        self.parts = self.graph.placeholder("parts")
+        self.held: list[Any] = []  # what `parts` is in the end
+        self.copies: dict[fx.Node, fx.Node] = {}
+        self.unit_of = {node: unit for unit in units for node in unit.nodes()}
+        self.states = {unit.total for unit in units} | {unit.z for unit in units}
 
+    def variant(self) -> Variant:
+        old = self.trace.graph
+        for node in old.nodes:
+            if node.op == "placeholder":
+                self.copies[node] = self.graph.placeholder(node.name)
+        inside = set().union(*(unit.nodes() - {unit.total} for unit in self.units))
+        inside |= set() if self.stem is None else {*self.stem.nodes} - {self.stem.entry}
+        for node in old.nodes:
+            if node.op != "output" and self.ops.is_shape_read(node) and not self.ops.is_assertion(node):
+                continue  # when it is needed
+            if node.op == "output":
+                self.graph.output(fx.map_arg(node.args[0], self._copy))
+            elif node not in inside:
+                self._copy(node)
+        self.graph.lint()
+        trace = self.trace
+        return Variant(trace.key, trace.reads, trace.writes, trace.shapes, code_of(self.graph), tuple(self.held))
 
-def _chain(
-    plan: ChainPlan, region: Callable[[Piece | None], Region | None], exact: bool, budget: Budget | None
-) -> ReversibleChain:
-    steps = []
-    for step in plan.steps:
-        context = [plan.context.index(n) for n in step.branch.context] if step.branch else []
-        steps.append(Step(step.name, step.writes, region(step.branch), region(step.skip), context))
-    return ReversibleChain.from_steps(plan.name, steps, exact, budget)
+    def _copy(self, node: fx.Node) -> fx.Node:
+        """What stands for a node in the new graph; made when it is first needed."""
+        if node not in self.copies:
+            unit = self.unit_of.get(node)
+            if unit is not None:
+                self._call_unit(unit)
+            elif self.stem is not None and node is self.stem.entry:
+                self._call_stem(self.stem)
+            else:
+                self.copies[node] = self._copy_operation(node)
+        return self.copies[node]
 
+    def _part(self, part: Any) -> fx.Node:
+        self.held.append(part)
+        return self.graph.call_function(operator.getitem, (self.parts, len(self.held) - 1))
 
-def _call_chain(graph: fx.Graph, ops: Operations, plan: ChainPlan, current: dict[fx.Node, fx.Node]) -> fx.Node:
-    """Puts the chain's call in the place of its last addition, and returns its result."""
-    total = plan.chain.total
-    entry, *context = (current.get(node, node) for node in (plan.chain.entry, *plan.context))
-    with graph.inserting_before(total):
-        if plan.entry is None:
-            x1 = x2 = entry
-        else:
-            wide = graph.call_function(halves, (entry, plan.entry.axis))
-            x1, x2 = (graph.call_function(operator.getitem, (wide, i)) for i in range(2))
-        state = graph.call_module(plan.name, (x1, x2, *context))
-        y1, y2 = (graph.call_function(operator.getitem, (state, i)) for i in range(2))
-        if plan.exit is None:
-            merged = graph.call_function(mean, (y1, y2))
-        else:
-            merged = graph.call_function(torch.cat, ([y1, y2], plan.exit.axis))
-    total.replace_all_uses_with(merged)
-    _erase(graph, ops, plan.chain.nodes())
-    return merged
+    def _call_unit(self, unit: Unit) -> None:
+        context = self._context(unit)
+        inputs = [self._copy(unit.z), *(self._value(n) for n in context)]
+        part = self._part(self._block_unit(unit, context))
+        call = self.graph.call_function(run_unit, (part, self.block, *inputs))
+        self.copies[unit.total] = self.graph.call_function(operator.getitem, (call, 0))
+        for i, side in enumerate(unit.sides):
+            self.copies[side] = self.graph.call_function(operator.getitem, (call, i + 1))
+        for node in unit.nodes():  # a read of a shape inside of the unit that others need is read again
+            if node not in self.copies and self.ops.is_shape_read(node) and self.unit_of.get(node) is unit:
+                del self.unit_of[node]
 
+    def _call_stem(self, stem: Stem) -> None:
+        part = self._part(StemUnit(self._region((), stem.nodes, [(stem.entry, 1.0)], [stem.source])))
+        self.copies[stem.entry] = self.graph.call_function(run_stem, (part, self.block, self._copy(stem.source)))
 
-def _call_stem(graph: fx.Graph, ops: Operations, stem: Piece) -> None:
-    ((entry, _),) = stem.result
-    with graph.inserting_after(entry):
-        call = graph.call_module(_STEM, (stem.source, *stem.context))
-    entry.replace_all_uses_with(call)
-    _erase(graph, ops, stem.nodes)
+    def _block_unit(self, unit: Unit, context: Sequence[fx.Node]) -> BlockUnit:
+        name = self.names[self.units.index(unit)]
+        branch = self._region((), unit.branch, unit.terms, [self._start(unit), *context], unit.sides)
+        skip = heads = None
+        if unit.skip is not None:
+            skip = self._region((), unit.skip, [(unit.skip_end, 1.0)], [self._start(unit)])
+        if unit.heads:
+            heads = self._region(unit.heads, unit.heads, [(unit.heads[-1], 1.0)], [unit.z])
+        return BlockUnit(name, branch, skip, heads)
 
+    def _start(self, unit: Unit) -> fx.Node:
+        return unit.heads[-1] if unit.heads else unit.z
 
-def _erase(graph: fx.Graph, ops: Operations, nodes: Iterable[fx.Node]) -> None:
-    """Erases the nodes and the assertions on shapes inside them; a read of a shape that is needed elsewhere stays."""
-    doomed = set(nodes)
-    for node in graph.nodes:
-        if ops.is_shape_read(node) and any(other in doomed for other in node.all_input_nodes):
-            doomed.add(node)
-    for node in reversed(list(graph.nodes)):
-        if node in doomed and not node.users:
-            graph.erase_node(node)
+    def _context(self, unit: Unit) -> list[fx.Node]:
+        inside = {self._start(unit), *unit.branch}
+        reads = [n for node in unit.branch for n in node.all_input_nodes] + [n for n, _ in unit.terms]
+        return [n for n in dict.fromkeys(reads) if n not in inside and n.op != "get_attr"]
 
+    def _copy_operation(self, node: fx.Node) -> fx.Node:
+        if self._is_moved(node):
+            (source,) = self.ops.data_inputs(node)
+            part = self._part(self._region((node,), (node,), [(node, 1.0)], [source]))
+            return self.graph.call_function(activated, (part, self.block, self._copy(source)))
+        if node.op == "get_attr":
+            return self._attribute(node)
+        views = self.ops.is_shape_read(node) or self.ops.is_view(node)
+        read = self._copy if views else self._value
+        return _emit(self.graph, node, read, str(node.target))
 
-def halves(x: Tensor, axis: int) -> tuple[Tensor, ...]:
-    """The first and the second half of the channels, each in memory of its own."""
-    return tuple(half.clone() for half in x.chunk(2, axis))
+    def _is_moved(self, node: fx.Node) -> bool:
+        """Whether the node is an activation that goes with the streams."""
+        if not self.ops.is_activation(node) or self.ops.is_identity(node):
+            return False
+        source = next(iter(self.ops.data_inputs(node)))
+        if source not in {u.total for u in self.units}:
+            return False
+        return self.ops.writes(node) is None or self.ops.data_users(source) == [node]
 
+    def _value(self, node: fx.Node) -> fx.Node:
+        """The node's value, where it may be streams: merged."""
+        copy = self._copy(node)
+        if node.op == "placeholder" or node in self.states or self._is_moved(node) or self.ops.is_view(node):
+            return self.graph.call_function(merged, (copy,))
+        return copy
 
-def mean(y1: Tensor, y2: Tensor) -> Tensor:
-    """``(y1 + y2) / 2``."""
-    return (y1 + y2) / 2
+    def _attribute(self, node: fx.Node) -> fx.Node:
+        if "constant" in node.meta:
+            return self.graph.call_function(Constant(node.meta["constant"]), ())
+        return self.graph.get_attr(str(node.target)) if node.target else self.block
 
+    # Regions
 
-# Pieces ---------------------------------------------------------------------------------------------------
+    def _region(
+        self,
+        heads: Sequence[fx.Node],
+        nodes: Sequence[fx.Node],
+        result: Sequence[tuple[fx.Node, float]],
+        inputs: Sequence[fx.Node],
+        sides: Sequence[fx.Node] = (),
+    ) -> Region:
+        """``nodes`` as a function of ``inputs``. What ``heads`` read is a stream, which must stay as it is."""
+        graph = fx.Graph()
+        paths: dict[str, str] = {}
+        copies: dict[fx.Node, fx.Node] = {n: graph.placeholder(n.name) for n in inputs}
 
+        def operand(path: str) -> str:
+            flat = path.replace(".", "_") or "itself"
+            while paths.setdefault(flat, path) != path:
+                flat += "_"
+            return flat
 
-def _region(piece: Piece, root: nn.Module, ops: Operations) -> Region:
-    graph = fx.Graph()
-    paths: dict[str, str] = {}
-    copies: dict[fx.Node, fx.Node] = {n: graph.placeholder(n.name) for n in (piece.source, *piece.context)}
+        def copied(node: fx.Node) -> fx.Node:
+            if node not in copies and node.op == "get_attr":
+                if "constant" in node.meta:
+                    copies[node] = graph.call_function(Constant(node.meta["constant"]), ())
+                else:
+                    copies[node] = graph.get_attr(operand(str(node.target)))
+            if node not in copies and self.ops.is_shape_read(node):
+                copies[node] = _emit(graph, node, copied, str(node.target))
+            return copies[node]
 
-    def operand(path: str) -> str:
-        if piece.own_copy:
-            path = _copy_for_stream2(root, path)
-        flat = path.replace(".", "_")
-        while paths.setdefault(flat, path) != path:
-            flat += "_"
-        return flat
-
-    def copied(node: fx.Node) -> fx.Node:
-        if node not in copies and node.op == "get_attr":
-            copies[node] = graph.get_attr(operand(str(node.target)))
-        return copies[node]
-
-    for node in (*piece.heads, *piece.nodes):
-        if node in piece.heads:  # the value that a head reads is a stream, which must stay as it is
-            (before,) = (n for n in node.all_input_nodes if n in copies)
-            if node.op == "call_module" and ops.is_activation(node):
-                module = graph.get_attr(operand(str(node.target)))
-                copies[node] = graph.call_function(activate, (module, copies[before]))
+        for node in nodes:
+            if node.op == "get_attr":
                 continue
-            if ops.writes(node) is not None:
-                copies[before] = graph.call_method("clone", (copies[before],))
-        copies[node] = graph.node_copy(node, copied)
-        if node.op == "call_module":
-            copies[node].target = operand(str(node.target))
-    graph.output(_sum(graph, [(copied(node), factor) for node, factor in piece.result]))
-    return Region(_code(graph), root, paths)
+            target = operand(str(node.target)) if node.op == "call_module" else str(node.target)
+            if node in heads:
+                (before,) = (n for n in node.all_input_nodes if n in copies)
+                if node.op == "call_module" and self.ops.is_activation(node):
+                    copies[node] = graph.call_function(activate, (graph.get_attr(target), copies[before]))
+                    continue
+                if self.ops.writes(node) is not None:
+                    copies[before] = graph.call_method("clone", (copies[before],))
+            copies[node] = _emit(graph, node, copied, target)
+        total = _sum(graph, [(copied(node), factor) for node, factor in result])
+        graph.output((total, *(copied(side) for side in sides)) if sides else total)
+        return Region(code_of(graph), paths, len(sides))
 
 
-def _copy_for_stream2(root: nn.Module, path: str) -> str:
-    """The path of a copy of what is at ``path``, made at the first call."""
-    if not hasattr(root, _STREAM2):
-        root.add_module(_STREAM2, nn.Module())
-    copies = root.get_submodule(_STREAM2)
-    name = path.replace(".", "_")
-    if not hasattr(copies, name):
-        owner, _, attribute = path.rpartition(".")
-        original = getattr(root.get_submodule(owner), attribute)
-        if isinstance(original, Tensor) and not isinstance(original, nn.Parameter):
-            copies.register_buffer(name, original.clone())
-        else:
-            setattr(copies, name, copy.deepcopy(original))
-    return f"{_STREAM2}.{name}"
+def _emit(graph: fx.Graph, node: fx.Node, read: Any, target: str) -> fx.Node:
+    """A copy of an operation, in the regions that it stands in."""
+    args, kwargs = fx.map_arg(node.args, read), fx.map_arg(node.kwargs, read)
+    context: Context = node.meta.get("context", Context())
+    if context == Context():
+        made = graph.create_node(node.op, target if node.op != "call_function" else node.target, args, kwargs)
+        return made
+    if node.op == "call_module":
+        return graph.call_function(under, (context.grad, context.autocast, graph.get_attr(target), *args), kwargs)
+    if node.op == "call_method":
+        return graph.call_function(under_method, (context.grad, context.autocast, target, *args), kwargs)
+    function = graph.call_function(Constant(node.target), ())
+    return graph.call_function(under, (context.grad, context.autocast, function, *args), kwargs)
 
 
 def _sum(graph: fx.Graph, terms: list[tuple[fx.Node, float]]) -> fx.Node:
@@ -200,7 +219,7 @@ def _sum(graph: fx.Graph, terms: list[tuple[fx.Node, float]]) -> fx.Node:
     return total
 
 
-def _code(graph: fx.Graph) -> Code:
+def code_of(graph: fx.Graph) -> Code:
     for node in graph.nodes:
         node.type = None  # annotations name types that the function does not need
     python = graph.python_code("self")

@@ -15,7 +15,7 @@ saved per byte, and how many updates to store is tried.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
 from revify._errors import RevifyError
@@ -128,7 +128,7 @@ class Budget:
         if self.amount <= 1:
             return self.amount
         plain = sum(planner.plain for planner in self.planners)
-        return self.amount / plain if all(planner.plain for planner in self.planners) else 0.0
+        return self.amount / plain if plain and all(planner.plain for planner in self.planners) else 0.0
 
 
 class Planner:
@@ -142,12 +142,11 @@ class Planner:
         self._measured: dict[Hashable, tuple[int, int, list[Cost]]] = {}  # with the size and the plain bytes then
         self._choices: dict[Hashable, Choice] = {}
 
-    def choice(self, kind: Hashable, size: int, measure: Callable[[], list[Cost]]) -> Choice:
-        """The choice for an input of a kind (its shape but for the batch, dtypes) and of a size, in proportion to which
-        the bytes are. ``measure`` gives the costs, and is called once for each kind."""
+    def choice(self, kind: Hashable, size: int) -> Choice | None:
+        """The choice for an input of a kind (its shape but for the batch, its dtype) and of a size, in proportion to
+        which the bytes are; None where nothing of that kind has been measured yet."""
         if kind not in self._measured:
-            costs = measure()
-            self._measured[kind] = size, sum(cost.stored for cost in costs), costs
+            return None
         measured_at, plain, costs = self._measured[kind]
         self.plain = plain * size / measured_at
         fraction = self.budget.fraction()
@@ -156,6 +155,11 @@ class Planner:
             self._choices[key] = choose(costs, fraction * plain)
         self.last = self._choices[key]
         return self.last
+
+    def learn(self, kind: Hashable, size: int, costs: Sequence[Cost]) -> None:
+        """Takes the costs of the updates for an input of a kind and of a size."""
+        self._measured[kind] = size, sum(cost.stored for cost in costs), list(costs)
+        self.choice(kind, size)
 
 
 def check_memory_budget(memory_budget: float | None) -> None:

@@ -2,25 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from revify._engine.budget import Budget, Cost, Planner, check_memory_budget
-from revify._engine.compiled import chain as _compiled
+from revify._engine.budget import Budget, check_memory_budget
 from revify._engine.coupling import Coupling
-from revify._engine.evaluation import Evaluation, autocast_state, casts_not_shared, random_state_kept
-from revify._engine.guard import Guard
+from revify._engine.evaluation import Evaluation
+from revify._engine.state import Settings, State
 from revify._engine.step import Step
-from revify._engine.update import Enter, Leave, Recompute
+from revify._engine.update import fitting
 from revify._errors import RevifyError
-
-_in_eager_mode = torch.compiler.disable(
-    reason="`_compiled` has the compiler's way; where that is refused, the eager one is left alone"
-)
 
 
 class ReversibleChain(nn.Module):
@@ -50,8 +45,6 @@ class ReversibleChain(nn.Module):
     Source: Gomez et al. 2017, equations 6 and 7.
     """
 
-    guard: Callable[..., Any] = staticmethod(Guard.apply)
-
     def __init__(
         self,
         branches: Iterable[nn.Module],
@@ -70,131 +63,49 @@ class ReversibleChain(nn.Module):
         for i, branch in enumerate(branches):
             if not isinstance(branch, nn.Module):
                 raise RevifyError(f"branches[{i}] must be a torch.nn.Module, got {type(branch).__name__}.")
-        steps = [Step(f"branch {i}", 1 + i % 2, branch) for i, branch in enumerate(branches)]
-        self._set("reversible chain", steps, exact, None if memory_budget is None else Budget(memory_budget))
-
-    @classmethod
-    def from_steps(cls, name: str, steps: Iterable[Step], exact: bool, budget: Budget | None) -> ReversibleChain:
-        """A chain of given steps, transitions among them."""
-        chain = cls.__new__(cls)
-        nn.Module.__init__(chain)
-        chain._set(name, steps, exact, budget)
-        return chain
-
-    def _set(self, name: str, steps: Iterable[Step], exact: bool, budget: Budget | None) -> None:
-        self.name, self.exact = name, exact
-        self.planner = None if budget is None else Planner(budget)
-        self.steps: Sequence[Step] = nn.ModuleList(steps)  # type: ignore[assignment]
-        self.stores_activations = False
+        self.steps: Sequence[Step] = nn.ModuleList(  # type: ignore[assignment]
+            Step(f"branch {i}", 1 + i % 2, branch) for i, branch in enumerate(branches)
+        )
+        self.settings = Settings(exact, None if memory_budget is None else Budget(memory_budget))
 
     def forward(self, x1: Tensor, x2: Tensor, *context: Any) -> tuple[Tensor, Tensor]:
         """Maps the state (x1, x2) to (y1, y2). ``context`` is handed to every branch after its stream, and gets
         its gradients."""
-        coupling = Coupling(torch.promote_types(x1.dtype, x2.dtype), self.exact and self.training)
-        if self.training and torch.is_grad_enabled():
-            if torch.compiler.is_compiling():
-                y1, y2 = _compiled.run_chain(self, coupling, x1, x2, context)
-            else:
-                y1, y2 = self._record(coupling, x1, x2, context)
-        else:
-            x = {1: coupling.enter(x1), 2: coupling.enter(x2)}
-            for step in self.steps:
-                step.take(coupling, x, {}, context)
-            y1, y2 = x[1], x[2]
-        return coupling.read(y1), coupling.read(y2)
-
-    @_in_eager_mode
-    def _record(self, coupling: Coupling, x1: Tensor, x2: Tensor, context: Sequence[Any]) -> tuple[Tensor, Tensor]:
-        """The updates, for a backward pass to follow."""
-        anchor = next((v for v in (x1, x2, *context) if isinstance(v, Tensor) and v.requires_grad), None)
-        if x1 is x2:
-            x2 = x1.expand_as(x1)  # their gradients add up at the entry, as two streams' do
-        x = {1: coupling.enter(x1), 2: coupling.enter(x2)}
-        shadow: dict[int, Tensor] = {}
-        keep = self._keep(coupling, x, context)
-        for i, step in enumerate(self.steps):
-            inverts = i < len(keep)
-            if inverts and not shadow:
-                # What lies ahead of the first step that needs a gradient need not be reconstructed.
-                anchor = step.anchor() if anchor is None else anchor
-                if anchor is not None:
-                    shadow[1], shadow[2] = self._guarded(step, x, Enter.apply(anchor, x[1], x[2]))
-            if shadow and not inverts:
-                x[1], x[2] = Leave.apply(x[1], x[2], shadow[1], shadow[2])
-                shadow.clear()
-            if shadow:
-                step.take(coupling, x, shadow, context, keep[i])
-                if step.ends_transition:
-                    shadow[1], shadow[2] = self._guarded(step, x, (shadow[1], shadow[2]))
-            else:
-                with casts_not_shared():
-                    step.take(coupling, x, shadow, context)
-        if shadow:
-            x[1], x[2] = Leave.apply(x[1], x[2], shadow[1], shadow[2])
-        return x[1], x[2]
-
-    def _keep(self, coupling: Coupling, x: dict[int, Tensor], context: Sequence[Any]) -> Sequence[Collection[int]]:
-        """For each step that is to be inverted, the operations whose outputs to keep; the steps after these are
-        stored."""
-        if self.stores_activations:
-            return ()
-        if self.planner is None or not x[1].numel():
-            return [()] * len(self.steps)
-        inputs = (x[1], x[2], *(v for v in context if isinstance(v, Tensor)))
-        kind = tuple((v.shape[1:], v.dtype) for v in inputs), str(autocast_state(x[1].device))
-        return self.planner.choice(kind, x[1].numel(), lambda: self._costs(coupling, x, context)).keep
-
-    def inverted_when_compiled(self) -> int:
-        """How many steps are inverted in a graph of `torch.compile`. Nothing is measured there: all count alike, and
-        none keeps a part of its outputs."""
-        if self.stores_activations:
-            return 0
-        stored = 0.0 if self.planner is None else min(1.0, self.planner.budget.fraction())
-        return len(self.steps) - int(stored * len(self.steps))
-
-    def _costs(self, coupling: Coupling, x: dict[int, Tensor], context: Sequence[Any]) -> list[Cost]:
-        """What each step costs."""
-        state = dict(x)
-        with torch.no_grad(), random_state_kept(x[1]):
-            return [step.take(coupling, state, {}, context, measures=True).cost for step in self.steps]
-
-    def _guarded(self, step: Step, x: dict[int, Tensor], shadows: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        """The shadows of the state x, watched over."""
-        name = f"{self.name}, at {step.name}"
-        guarded: tuple[Tensor, Tensor] = self.guard(name, self.exact, x[1], x[2], *shadows)
-        return guarded
+        state = State.of(self.settings, _NAME, x1, x2, self.training, len(self.steps))
+        for step in self.steps:
+            state.identity(step.name, step.branch, context, through=step)
+        state.leave()
+        coupling = state.run.coupling
+        return coupling.read(state.x[1]), coupling.read(state.x[2])
 
     def inverse(self, y1: Tensor, y2: Tensor, *context: Any) -> tuple[Tensor, Tensor]:
         """Maps (y1, y2) back to the (x1, x2) that `forward` made it from, up to rounding. Changes no buffer.
         Branches that draw random numbers (dropout in training) have no inverse outside of the backward pass."""
-        coupling = Coupling(torch.promote_types(y1.dtype, y2.dtype), self.exact and self.training)
+        exact = self.settings.exact and (self.training or torch.is_grad_enabled())
+        coupling = Coupling(torch.promote_types(y1.dtype, y2.dtype), exact)
         y = {1: coupling.enter(y1), 2: coupling.enter(y2)}
         for step in reversed(list(self.steps)):
-            y[step.writes] = step.invert(coupling, y[step.writes], y[3 - step.writes], context)
+            r, q = y[step.writes], y[3 - step.writes]
+            f = Evaluation(step.branch)
+            a = f.again(f.tensors, coupling.read(q), *context)
+            y[step.writes] = coupling.uncouple(r, fitting(step.name, r, a))
         return coupling.read(y[1]), coupling.read(y[2])
 
 
-class Recomputed(nn.Module):
-    """Runs ``function`` so that it keeps its inputs alone for the backward pass, and is evaluated again there. With a
-    budget of all that plain autograd keeps it is plain autograd."""
+_NAME = "reversible chain"
 
-    def __init__(self, function: nn.Module, budget: Budget | None = None) -> None:
-        super().__init__()
-        self.function, self.budget = function, budget
-        self.stores_activations = False
 
-    def forward(self, *inputs: Tensor) -> Any:
-        stores = self.stores_activations or (self.budget is not None and self.budget.fraction() >= 1)
-        if not (self.training and torch.is_grad_enabled()) or stores:
-            return self.function(*inputs)
-        if torch.compiler.is_compiling():
-            return _compiled.recompute(self.function, *inputs)
-        return self._record(*inputs)
+def settings_of(model: nn.Module) -> list[Settings]:
+    """The settings of all chains in a model."""
+    held = (getattr(m, "settings", None) if isinstance(m, ReversibleChain) else _of_block(m) for m in model.modules())
+    return list({id(s): s for s in held if isinstance(s, Settings)}.values())
 
-    @_in_eager_mode
-    def _record(self, *inputs: Tensor) -> Any:
-        f = Evaluation(self.function)
-        return Recompute.apply(f, len(inputs), *inputs, *f.tensors)
+
+def _of_block(module: nn.Module) -> Settings | None:
+    return getattr(module.__dict__.get(BLOCK), "settings", None)
+
+
+BLOCK = "_revify"  # the attribute under which a converted block holds what it runs
 
 
 @contextmanager
@@ -203,17 +114,17 @@ def store_activations(model: nn.Module) -> Iterator[None]:
     gradients, the memory of an ordinary network. The reference that reversible training is compared with."""
     if not isinstance(model, nn.Module):
         raise RevifyError(f"model must be a torch.nn.Module, got {type(model).__name__}.")
-    parts = [m for m in model.modules() if isinstance(m, (ReversibleChain, Recomputed))]
-    if not parts:
+    held = settings_of(model)
+    if not held:
         raise RevifyError("model holds no ReversibleChain: convert it first, or pass the module that holds one.")
-    before = [part.stores_activations for part in parts]
+    before = [settings.stores_activations for settings in held]
     try:
-        for part in parts:
-            part.stores_activations = True
+        for settings in held:
+            settings.stores_activations = True
         yield
     finally:
-        for part, value in zip(parts, before, strict=True):
-            part.stores_activations = value
+        for settings, value in zip(held, before, strict=True):
+            settings.stores_activations = value
 
 
 def check_exact(exact: bool) -> None:

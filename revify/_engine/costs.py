@@ -11,22 +11,23 @@ import sys
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.flop_counter import flop_registry, sdpa_flop_count
 
 from revify._engine.budget import Output
 from revify._engine.evaluation import Evaluation
 from revify._engine.kept_outputs import Recording
+from revify._engine.region import Function
 from revify._measure import kept_bytes, tensors_in
 
 FLOPS_PER_BYTE = 20
 OVERHEAD = 1e6  # of keeping an output, in bytes moved: looking at the operations around it
 
 
-def measure(module: nn.Module, x: Tensor, *context: Any) -> tuple[Tensor, float, int, tuple[Output, ...]]:
-    """``module(x, *context)``; the work, the bytes that plain autograd keeps where everything needs a gradient, and
+def measure(function: Function, x: Tensor, *context: Any) -> tuple[Tensor, float, int, tuple[Output, ...]]:
+    """``function(x, *context)``; the work, the bytes that plain autograd keeps where everything needs a gradient, and
     the outputs that may be kept instead."""
-    f = Evaluation(module)
+    f = Evaluation(function)
     # detached, so that no hook on a parameter sees a gradient
     tensors = [_leaf(w) for w in f.tensors]
     inputs = [_leaf(v) if isinstance(v, Tensor) else v for v in (x, *context)]
@@ -35,7 +36,7 @@ def measure(module: nn.Module, x: Tensor, *context: Any) -> tuple[Tensor, float,
 
     def forward() -> Tensor:
         with torch.enable_grad(), counting:
-            y: Tensor = f.again(tensors, *inputs)
+            y: Tensor = f.split(f.again(tensors, *inputs))[0]
         results.append(y.detach())
         return y
 

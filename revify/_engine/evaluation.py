@@ -16,18 +16,23 @@ model to be afterwards as if it had been evaluated once, the second evaluation
 
 from __future__ import annotations
 
+import dis
+import functools
+import inspect
 import threading
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
 
+from revify._arguments import flattened
 from revify._engine import batch_statistics, kept_outputs
 from revify._engine.batch_statistics import WORTHWHILE, Statistics
 from revify._engine.kept_outputs import Tape
-from revify._engine.region import Region
+from revify._engine.region import Function, operands_of, run_on, sides_of
 from revify._fake import has_values
 
 _thread = threading.local()
@@ -41,6 +46,27 @@ def is_replaying() -> bool:
     return getattr(_thread, "replaying", False)
 
 
+_looked_at: WeakSet[Any] = WeakSet()
+
+
+@functools.cache
+def stores_attributes(cls: type[nn.Module]) -> bool:
+    """Whether a module's own code assigns attributes outside of its making."""
+    for base in cls.__mro__:
+        if base.__module__.startswith("torch."):
+            continue
+        for name, member in vars(base).items():
+            code = getattr(inspect.unwrap(member) if inspect.isfunction(member) else member, "__code__", None)
+            if (
+                code is not None
+                and name not in _MAKING
+                and any(i.opname == "STORE_ATTR" for i in dis.get_instructions(code))
+            ):
+                return True
+    return False
+
+
+_MAKING = ("__init__", "__setattr__", "__setstate__", "reset_parameters", "train", "forward_wrapper")
 # In training their output depends on the batch alone.
 BATCH_STATISTICS = (
     nn.BatchNorm1d,
@@ -60,9 +86,9 @@ class Evaluation:
     place (the same ones, as a rule).
     """
 
-    def __init__(self, function: nn.Module) -> None:
+    def __init__(self, function: Function) -> None:
         self.function = function
-        operands: list[Any] = function.operands() if isinstance(function, Region) else [function]
+        operands = operands_of(function)
         self.operands = operands
         self.modules: list[nn.Module] = []
         for operand in operands:
@@ -74,6 +100,11 @@ class Evaluation:
         self.autocast: AutocastState = []
         self.statistics: Statistics = []
         self.tape = Tape()
+        self.sides: list[Any] = []  # the other values but for tensors, each as a 1-tuple
+        self.rebuild: Any = None
+        self._storing = [i for i, m in enumerate(self.modules) if stores_attributes(type(m))]  # type: ignore[arg-type]
+        self._assigned: list[tuple[int, str]] = []  # attributes that got a tensor: the module's position, and the name
+        self._stand_ins: dict[int, nn.Module] = {}
         self.tensors: list[Tensor] = []
         self._index: dict[int, int] = {}
         for operand in operands:
@@ -93,6 +124,7 @@ class Evaluation:
     def first(self, *inputs: Any, keep: Collection[int] = ()) -> Any:
         """``keep``: the operations whose outputs to keep in the tape, by number."""
         device = inputs[0].device
+        before = {i: dict(vars(self.modules[i])) for i in self._storing}
         self.buffers = [self._changing_buffers(m) for m in self.modules]
         versions = [{name: live._version for name, (live, _) in kept.items()} for kept in self.buffers]
         self.random = _random_state(inputs[0])
@@ -109,7 +141,44 @@ class Evaluation:
                 if module._buffers.get(name) is live and live._version == version[name]:
                     del kept[name]
         self.random = _drawn_from(self.random)
+        self._assigned = [
+            (i, name)
+            for i, held in before.items()
+            for name, value in vars(self.modules[i]).items()
+            if isinstance(value, Tensor) and value.is_floating_point() and held.get(name) is not value
+        ]
         return output
+
+    def split(self, result: Any) -> tuple[Any, list[Tensor]]:
+        """The first value that the function returned, and the tensors among the others."""
+        held = self._stand_ins or dict(enumerate(self.modules))
+        assigned = [vars(held[i]).get(name) for i, name in self._assigned]
+        self._stand_ins = {}
+        if not sides_of(self.function):
+            return result, [v for v in assigned if isinstance(v, Tensor)]
+        values, self.rebuild = flattened(list(result[1:]))
+        self.sides = [None if isinstance(v, Tensor) else (v,) for v in values]
+        return result[0], [v for v in (*values, *assigned) if isinstance(v, Tensor)]
+
+    def joined(self, tensors: Sequence[Tensor]) -> Any:
+        """The values that the function returned besides the first, given the tensors among them. The tensors that the
+        function assigned to attributes, which come last, are put there, so that they carry their gradients."""
+        given = iter(tensors)
+        sides = self.rebuild([next(given) if v is None else v[0] for v in self.sides]) if self.rebuild else ()
+        for (i, name), value in zip(self._assigned, given, strict=True):
+            vars(self.modules[i])[name] = value
+        return sides
+
+    def first_replay(self) -> bool:
+        """Whether no second evaluation of this function has been looked at yet."""
+        key = getattr(self.function, "region", self.function)
+        if key in _looked_at:
+            return False
+        _looked_at.add(key)
+        return True
+
+    def described(self) -> str:
+        return str(getattr(self.function, "name", "")) or type(self.function).__name__
 
     def _has_statistics(self, x: Tensor) -> bool:
         """Whether there may be batch statistics to record, and the input is large enough for it to be worth while."""
@@ -136,6 +205,7 @@ class Evaluation:
             children = stand_in.__dict__["_modules"]
             if children:
                 stand_in.__dict__["_modules"] = {n: c and stand_ins[id(c)] for n, c in children.items()}
+        self._stand_ins = {i: stand_ins[id(self.modules[i])] for i, _ in self._assigned}
         operands: list[nn.Module | Tensor] = [
             tensors[self._index[id(x)]] if isinstance(x, Tensor) else stand_ins.get(id(x), x) for x in self.operands
         ]
@@ -180,14 +250,6 @@ class Evaluation:
             name: (kept[name][1] if name in kept else buffer).clone() if buffer is not None else None
             for name, buffer in module._buffers.items()
         }
-
-
-def run_on(function: nn.Module, operands: Sequence[nn.Module | Tensor], inputs: Sequence[Any]) -> Any:
-    if isinstance(function, Region):
-        return function.run(list(operands), *inputs)
-    module = operands[0]
-    assert isinstance(module, nn.Module)
-    return module(*inputs)
 
 
 @contextmanager

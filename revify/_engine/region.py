@@ -1,9 +1,9 @@
-"""A piece of a traced model as a module of its own, run with the submodules of the model it came from."""
+"""A piece of a module's forward as a function of its own, run with the submodules of the module it came from."""
 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -37,62 +37,83 @@ class Code:
         return self
 
 
-class Region(nn.Module):
-    """Runs ``code(operands, *inputs)``, the operands being submodules and tensors of ``root``, found by path at
-    every call, so that a submodule replaced in ``root`` is used from then on.
+class Region:
+    """Code that reads submodules and tensors of some module, by the paths that are given (an empty one: the module
+    itself). It holds none of them: `of` finds them at every call, so that a submodule that was replaced is used from
+    then on.
 
-    ``root`` is not a child: the region owns nothing, adds no key to a ``state_dict``, and `parameters`,
-    `buffers` and `modules` are a view of what it uses.
+    ``sides`` is how many values it returns besides the first, which others read.
     """
 
-    root: nn.Module
+    def __init__(self, code: Code, paths: Mapping[str, str], sides: int = 0) -> None:
+        self.code, self.paths, self.sides = code, dict(paths), sides
 
-    def __init__(self, code: Code, root: nn.Module, paths: Mapping[str, str]) -> None:
-        super().__init__()
-        self.code = code
-        self.paths = dict(paths)
-        object.__setattr__(self, "root", root)
+    def of(self, module: nn.Module) -> Bound:
+        return Bound(self, module)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Region:
+        return self
+
+
+class Bound:
+    """A region together with the module whose parts it runs on."""
+
+    def __init__(self, region: Region, module: nn.Module) -> None:
+        self.region, self.module = region, module
+        self.sides = region.sides
 
     def operands(self) -> list[Any]:
-        return [_at(self.root, path) for path in self.paths.values()]
+        return [_at(self.module, path) for path in self.region.paths.values()]
 
-    def run(self, operands: list[Any], *inputs: Any) -> Any:
-        return self.code.function(_Operands(self.paths, operands), *inputs)
+    def run(self, operands: Sequence[Any], *inputs: Any) -> Any:
+        return self.region.code.function(_Operands(self.region.paths, operands), *inputs)
 
-    def forward(self, *inputs: Any) -> Any:
+    def __call__(self, *inputs: Any) -> Any:
         return self.run(self.operands(), *inputs)
 
-    def modules(self) -> Iterator[nn.Module]:  # type: ignore[override]
-        seen: set[nn.Module] = set()
-        for operand in self.operands():
-            if isinstance(operand, nn.Module):
-                for _, module in operand.named_modules(seen):
-                    yield module
 
-    def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
-        for _, parameter in self._distinct("named_parameters", nn.Parameter):
-            yield parameter
+class After:
+    """``function(head(x), *context)``."""
 
-    def buffers(self, recurse: bool = True) -> Iterator[Tensor]:
-        for _, buffer in self._distinct("named_buffers", Tensor):
-            yield buffer
+    def __init__(self, head: Function, function: Function) -> None:
+        self.head, self.function = head, function
+        self.sides = sides_of(function)
 
-    def _distinct(self, members: str, kind: type) -> Iterator[tuple[str, Any]]:
-        seen: set[int] = set()
-        for path, operand in zip(self.paths.values(), self.operands(), strict=True):
-            found: Any
-            if isinstance(operand, nn.Module):
-                found = getattr(operand, members)(prefix=path)
-            else:
-                is_parameter = isinstance(operand, nn.Parameter)
-                found = [(path, operand)] if is_parameter == (kind is nn.Parameter) else []
-            for name, tensor in found:
-                if id(tensor) not in seen:
-                    seen.add(id(tensor))
-                    yield name, tensor
+    def operands(self) -> list[Any]:
+        return [*operands_of(self.head), *operands_of(self.function)]
 
-    def extra_repr(self) -> str:
-        return ", ".join(self.paths.values())
+    def run(self, operands: Sequence[Any], x: Any, *context: Any) -> Any:
+        count = len(operands_of(self.head))
+        x = run_on(self.head, operands[:count], (x,))
+        return run_on(self.function, operands[count:], (x, *context))
+
+    def __call__(self, x: Any, *context: Any) -> Any:
+        return self.function(self.head(x), *context)
+
+
+Function = Bound | After | nn.Module
+
+
+def operands_of(function: Function) -> list[Any]:
+    """The modules and tensors that a function uses."""
+    return [function] if isinstance(function, nn.Module) else function.operands()
+
+
+def run_on(function: Function, operands: Sequence[Any], inputs: Sequence[Any]) -> Any:
+    """``function(*inputs)`` with ``operands`` in the place of its own."""
+    return operands[0](*inputs) if isinstance(function, nn.Module) else function.run(operands, *inputs)
+
+
+def sides_of(function: Function) -> int:
+    return 0 if isinstance(function, nn.Module) else function.sides
+
+
+def parameters_of(function: Function) -> Iterator[Tensor]:
+    for operand in operands_of(function):
+        if isinstance(operand, nn.Module):
+            yield from operand.parameters()
+        elif isinstance(operand, Tensor):
+            yield operand
 
 
 class _Operands:
@@ -105,7 +126,7 @@ class _Operands:
 
 def _at(root: nn.Module, path: str) -> Any:
     found: Any = root
-    for name in path.split("."):
+    for name in path.split(".") if path else ():
         found = getattr(found, name)
     return found
 

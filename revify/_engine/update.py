@@ -30,9 +30,10 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 
+from revify._arguments import snapshot
 from revify._engine.coupling import Coupling
 from revify._engine.evaluation import Evaluation
-from revify._errors import RevifyError
+from revify._errors import ReconstructionError, RevifyError, UnitError
 
 
 class Enter(torch.autograd.Function):
@@ -64,14 +65,23 @@ class Leave(torch.autograd.Function):
         return dp, dq, p, q
 
 
+class Tail:
+    """Keeps the state after the last update of a chain that nobody ends: the loss may depend on what its branches
+    returned besides. Filled after each update, and emptied when another one takes the state."""
+
+    def __init__(self) -> None:
+        self.state: tuple[Tensor, Tensor] | None = None  # q, r
+
+
 class Update(torch.autograd.Function):
-    """``Update.apply(name, coupling, skip, f, keep, context, p, p_in, q_in, p_shadow, q_shadow, *tensors)``
-    returns ``r, q_shadow, r_shadow``.
+    """``Update.apply(name, coupling, skip, f, keep, tail, context, p, p_in, q_in, p_shadow, q_shadow, *tensors)``
+    returns ``r, q_shadow, r_shadow, *sides``.
 
     ``skip`` and ``f`` are the evaluations to make (None: the identity, nothing) of ``p_in`` and ``q_in``, the streams'
     values as they read them (``p_in`` is None without a skip); ``keep`` the operations of f whose outputs to keep, by
     number; ``tensors`` are the context inputs of ``f`` that are tensors, then the tensors of ``skip``, then those of
-    ``f``.
+    ``f``. ``sides`` are the tensors among the values that f returns besides a; those that are none are left in
+    ``f.sides``, a list with None in the places of tensors.
     """
 
     @staticmethod
@@ -82,6 +92,7 @@ class Update(torch.autograd.Function):
         skip: Evaluation | None,
         f: Evaluation | None,
         keep: Collection[int],
+        tail: Tail,
         context: Sequence[Any],
         p: Tensor,
         p_in: Tensor | None,
@@ -89,14 +100,18 @@ class Update(torch.autograd.Function):
         p_shadow: Tensor,
         q_shadow: Tensor,
         *tensors: Tensor,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
-        ctx.coupling, ctx.skip, ctx.f, ctx.context = coupling, skip, f, _without_tensors(context)
+        ctx.tail = tail
+        ctx.name, ctx.coupling, ctx.skip, ctx.f, ctx.context = name, coupling, skip, f, _without_tensors(context)
         ctx.strides, ctx.p_dtype, ctx.q_dtype = p.stride(), p_in.dtype if p_in is not None else None, q_in.dtype
         r = coupling.enter(skip.first(p_in)) if skip else p
+        sides: list[Tensor] = []
         if f is not None:
-            a = f.first(q_in, *context, keep=keep)
-            check_branch(name, r, a)
+            version = version_of(q_in)
+            a, sides = f.split(f.first(q_in, *context, keep=keep))
+            check_not_overwritten(name, q_in, version)
+            a = fitting(name, r, a)
             r = coupling.couple_into(r, a)
         outputs = f.tape.take_outputs() if f else []
         ctx.n_outputs = len(outputs)
@@ -104,14 +119,20 @@ class Update(torch.autograd.Function):
         r_shadow = shadow_of(r)
         if skip:
             ctx.mark_non_differentiable(r_shadow)
-        return r, q_shadow.expand_as(q_shadow), r_shadow
+        return r, q_shadow.expand_as(q_shadow), r_shadow, *(_of_its_own(y, (q_in, *tensors)) for y in sides)
 
     @staticmethod
-    def backward(ctx: Any, dr: Tensor | None, q: Tensor, r: Tensor | None) -> tuple[Any, ...]:
+    def backward(ctx: Any, dr: Tensor | None, q: Tensor | None, r: Tensor | None, *d_sides: Any) -> tuple[Any, ...]:
         (kept_p,), outputs, tensors = _split(ctx.saved_tensors, 1, ctx.n_outputs)
         coupling, skip, f = ctx.coupling, ctx.skip, ctx.f
-        needs_p_in, needs_q = ctx.needs_input_grad[7:9]
-        needs = ctx.needs_input_grad[11:]
+        if q is None or (r is None and skip is None):
+            if ctx.tail.state is None:
+                raise ReconstructionError(_OPEN.format(name=ctx.name))
+            q, r = ctx.tail.state
+        else:
+            ctx.tail.state = None
+        needs_p_in, needs_q = ctx.needs_input_grad[8:10]
+        needs = ctx.needs_input_grad[12:]
         n_context = sum(x is None for x in ctx.context)
         n_skip = len(skip.tensors) if skip else 0
         of_context, of_skip, of_f = _split(tensors, n_context, n_skip)
@@ -132,11 +153,12 @@ class Update(torch.autograd.Function):
             a, vjp = _replay(f, *take_part, context=ctx.context, outputs=outputs)
             if skip is None:
                 assert r is not None
+                a = fitting(ctx.name, r, a)
                 p = coupling.uncouple(r, a) if torch.is_grad_enabled() else coupling.uncouple_into(r, a)
                 p = _with_strides(p, ctx.strides)
             del a  # what a branch returns is the largest of what it makes, as a rule, and seldom kept in its graph
-            (dq, *d_context), d_f = vjp(dr)
-        return (None, None, None, None, None, None, dp, dp_in, dq, p, q, *d_context, *d_skip, *d_f)
+            (dq, *d_context), d_f = vjp(dr, d_sides)
+        return (None, None, None, None, None, None, None, dp, dp_in, dq, p, q, *d_context, *d_skip, *d_f)
 
 
 class Recompute(torch.autograd.Function):
@@ -169,9 +191,9 @@ def _replay(
     need_tensors: Sequence[bool],
     context: Sequence[Any] = (),
     outputs: Sequence[Tensor | None] = (),
-) -> tuple[Tensor, Callable[[Tensor | None], tuple[Gradients, Gradients]]]:
-    """``y = f(*inputs)`` evaluated again, detached, and the function that maps the gradient of y, once, to those of
-    inputs and tensors; it does not hold y. ``outputs`` were kept."""
+) -> tuple[Tensor, Callable[..., tuple[Gradients, Gradients]]]:
+    """``y = f(*inputs)`` evaluated again, detached, and the function that maps the gradients of y, and of the tensors
+    that f returns besides, once, to those of inputs and tensors; it does not hold y. ``outputs`` were kept."""
     create_graph = torch.is_grad_enabled()
     if create_graph:  # aliases, so that the derivatives are those of f alone, and not of what its input came from
         inputs, tensors = ([x.expand_as(x) for x in given] for given in (inputs, tensors))
@@ -179,23 +201,51 @@ def _replay(
         inputs = [x.detach().requires_grad_(need) for x, need in zip(inputs, need_inputs, strict=True)]
         tensors = [_leaf(w, need) for w, need in zip(tensors, need_tensors, strict=True)]
     with torch.enable_grad():
-        y: Tensor = f.again(
-            tensors, *_with_tensors(context, inputs), outputs=outputs, differentiable_twice=create_graph
+        y, sides = f.split(
+            f.again(tensors, *_with_tensors(context, inputs), outputs=outputs, differentiable_twice=create_graph)
         )
+    if not create_graph and f.first_replay():
+        _check_leaves(f, (y, *sides), (*inputs, *tensors))
     needs = [*need_inputs, *need_tensors]
     wanted = [x for x, need in zip([*inputs, *tensors], needs, strict=True) if need]
-    edge = get_gradient_edge(y) if y.requires_grad and wanted else None
-    dtype, n_inputs = y.dtype, len(inputs)
+    edges = [get_gradient_edge(v) if v.requires_grad and wanted else None for v in (y, *sides)]
+    shape, dtypes, n_inputs = y.shape, [v.dtype for v in (y, *sides)], len(inputs)
 
-    def vjp(dy: Tensor | None) -> tuple[Gradients, Gradients]:
+    def vjp(dy: Tensor | None, d_sides: Sequence[Tensor | None] = ()) -> tuple[Gradients, Gradients]:
         found: Sequence[Tensor | None] = [None] * len(wanted)
-        if dy is not None and edge is not None:
-            found = torch.autograd.grad([edge], wanted, dy.to(dtype), allow_unused=True, create_graph=create_graph)
-        given = iter(found)
-        gradients = [next(given) if need else None for need in needs]
+        dy = None if dy is None else dy.sum_to_size(shape)  # where the branch's result was expanded
+        given = [(e, dv.to(t)) for e, dv, t in zip(edges, (dy, *d_sides), dtypes) if e is not None and dv is not None]  # noqa: B905
+        if given:
+            found = torch.autograd.grad(
+                [e for e, _ in given], wanted, [dv for _, dv in given], allow_unused=True, create_graph=create_graph
+            )
+        gradient = iter(found)
+        gradients = [next(gradient) if need else None for need in needs]
         return gradients[:n_inputs], gradients[n_inputs:]
 
     return y if create_graph else y.detach(), vjp
+
+
+def _check_leaves(f: Evaluation, outputs: Sequence[Tensor], known: Sequence[Tensor]) -> None:
+    """Whatever a branch uses and requires grad must be among its parameters and arguments, or it would get none."""
+    ends = {get_gradient_edge(x).node for x in known if x.requires_grad}
+    pending = [y.grad_fn for y in outputs if y.grad_fn is not None]
+    seen = set(pending)
+    while pending:
+        node = pending.pop()
+        variable = getattr(node, "variable", None)
+        if variable is not None and node not in ends:
+            raise RevifyError(_UNKNOWN.format(shape=tuple(variable.shape), where=f.described()))
+        for following, _ in node.next_functions:
+            if following is not None and following not in seen:
+                seen.add(following)
+                pending.append(following)
+
+
+_UNKNOWN = (
+    "{where}: the branch uses a tensor of shape {shape} that requires grad and is neither a parameter of it nor one of "
+    "its arguments, so it would get no gradient. Register it (nn.Parameter, nn.ModuleList), or pass it as an argument."
+)
 
 
 def _leaf(w: Tensor, need: bool) -> Tensor:
@@ -219,14 +269,49 @@ def shadow_of(x: Tensor) -> Tensor:
     return x.new_zeros(()).expand(x.shape)
 
 
-def check_branch(name: str, p: Tensor, a: object) -> None:
+def fitting(name: str, p: Tensor, a: object) -> Tensor:
+    """What a branch returned, expanded to its stream's shape where it broadcasts."""
     if not isinstance(a, Tensor):
-        raise RevifyError(f"{name}: a branch must return one tensor of its stream's shape, got {type(a).__name__}.")
-    if a.shape != p.shape:
-        raise RevifyError(
-            f"{name}: the branch returned shape {tuple(a.shape)} for a stream of shape {tuple(p.shape)}. "
-            "A reversible update needs both alike; exclude this addition or make the shapes match."
+        raise _unit_error(name, f"a branch must return one tensor of its stream's shape, got {type(a).__name__}.")
+    if a.shape == p.shape:
+        return a
+    if a.ndim <= p.ndim and all(n in (1, m) for n, m in zip(a.shape[::-1], p.shape[::-1])):  # noqa: B905
+        return a.expand(p.shape)
+    raise _unit_error(
+        name,
+        f"the branch returned shape {tuple(a.shape)} for a stream of shape {tuple(p.shape)}. A reversible update needs "
+        "both alike: make the shapes match, or give convert the example_inputs, so that it leaves this addition alone.",
+    )
+
+
+def _unit_error(name: str, message: str) -> UnitError:
+    return UnitError(f"{name}: {message}", name.rpartition(", at ")[2])
+
+
+def version_of(x: Tensor) -> int:
+    """Counts what was written into x; the compiler does not see it."""
+    return 0 if torch.compiler.is_compiling() else x._version
+
+
+def check_not_overwritten(name: str, x: Tensor, version: int) -> None:
+    if version_of(x) != version:
+        raise _unit_error(
+            name,
+            "the branch overwrites its input, which the other stream still needs. Use the out-of-place form "
+            "(inplace=False) of its first operation.",
         )
+
+
+_OPEN = (
+    "{name}: the backward pass came to this update without the state after it. The loss depends on a state inside of "
+    "a chain, but not on the chain's end, where the state is kept. Let the loss depend on the model's result too, "
+    "read the inner state before the next block takes it, or use revify.store_activations."
+)
+
+
+def _of_its_own(y: Tensor, inputs: Sequence[Tensor]) -> Tensor:
+    """An alias where f handed one of its inputs on: autograd tells tensors apart by identity."""
+    return y.view_as(y) if any(y is x for x in inputs) else y
 
 
 def _split(values: Sequence[Any], *lengths: int) -> list[list[Any]]:
@@ -239,8 +324,9 @@ def _split(values: Sequence[Any], *lengths: int) -> list[list[Any]]:
 
 
 def _without_tensors(context: Sequence[Any]) -> list[Any]:
-    """Each entry that is no tensor as a 1-tuple, each tensor as None: tensors are saved by autograd."""
-    return [None if isinstance(x, Tensor) else (x,) for x in context]
+    """Each entry that is no tensor, as it is before the branch is evaluated, as a 1-tuple; each tensor as None: tensors
+    are saved by autograd."""
+    return [None if isinstance(x, Tensor) else (snapshot(x),) for x in context]
 
 
 def _with_tensors(context: Sequence[Any], inputs: Sequence[Tensor]) -> list[Any]:
@@ -248,4 +334,4 @@ def _with_tensors(context: Sequence[Any], inputs: Sequence[Tensor]) -> list[Any]
     if not context:
         return list(inputs)
     tensors = iter(inputs[1:])
-    return [inputs[0], *(next(tensors) if x is None else x[0] for x in context)]
+    return [inputs[0], *(next(tensors) if x is None else snapshot(x[0]) for x in context)]

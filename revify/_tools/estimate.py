@@ -23,8 +23,11 @@ from torch._subclasses.fake_tensor import (
 )
 from torch.utils._pytree import tree_leaves
 
-from revify._analysis.trace import arguments, place
-from revify._conversion.convert import convert
+from revify._analysis.observe import check_fit
+from revify._analysis.trace import place
+from revify._arguments import arguments
+from revify._conversion.convert import check_plain, convert
+from revify._engine.chain import settings_of
 from revify._errors import RevifyError
 from revify._fake import hollow_copy, hollow_inputs
 from revify._measure import Storages
@@ -130,15 +133,18 @@ def estimate(
         raise RevifyError(f"autocast must be a torch.dtype or None, got {autocast!r}.")
     if loss is not None and not callable(loss):
         raise RevifyError(f"loss must be a function of the model's result or None, got {type(loss).__name__}.")
+    check_plain(model)
     inputs = arguments(example_inputs)
+    check_fit(model, *inputs)
     target = _device(model, device)
     present = _batch_size(inputs)
     batch = present, _checked(batch_size, present)
     with torch.random.fork_rng([]):  # `convert` may initialise new layers
         original = hollow_copy(model)
         args, kwargs = hollow_inputs(inputs, batch)
+        plain = _step(original, inputs, batch, target, loss, autocast)
         converted = convert(original, kwargs or args, **options)
-        plain, reversible = (_step(m, inputs, batch, target, loss, autocast) for m in (original, converted))
+        reversible = _step(converted, inputs, batch, target, loss, autocast)
     return Estimate(plain, reversible, batch[1], target.type)
 
 
@@ -154,6 +160,9 @@ def _step(
     model = hollow_copy(model, device, mode).train()
     args, kwargs = hollow_inputs(inputs, batch, device, mode)
     storages = Storages()
+    if any(settings.budget is not None for settings in settings_of(model)):  # spent once a step has been measured
+        with mode, torch.enable_grad(), _refusing_reads(), torch.autocast(device.type, autocast, autocast is not None):
+            model(*args, **kwargs)
     with mode, storages, torch.enable_grad(), _refusing_reads():
         with torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
             objective = (loss or _sum)(model(*args, **kwargs))

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from revify._engine.chain import ReversibleChain, store_activations
+from revify._engine.chain import settings_of, store_activations
 from revify._errors import RevifyError
 from revify._table import table
 
@@ -86,13 +86,13 @@ def verify(model: nn.Module, *inputs: Any, **kwargs: Any) -> Verification:
     """
     if not isinstance(model, nn.Module):
         raise RevifyError(f"model must be a torch.nn.Module, got {type(model).__name__}.")
-    if not any(isinstance(m, ReversibleChain) for m in model.modules()):
+    if not settings_of(model):
         raise RevifyError("model holds no ReversibleChain: convert it first, or pass the module that holds one.")
     reversible, stored = (copy.deepcopy(model).train() for _ in range(2))
     states: dict[str, float] = {}
-    chains = [m for m in reversible.modules() if isinstance(m, ReversibleChain)]
-    for chain in chains:
-        chain.guard = _Watch(states)
+    chains = settings_of(reversible)
+    for settings in chains:
+        settings.guard = _Watch(states)
     with _random_state_kept():
         found = _gradients(reversible, inputs, kwargs)
     with _random_state_kept(), store_activations(stored):
@@ -103,7 +103,7 @@ def verify(model: nn.Module, *inputs: Any, **kwargs: Any) -> Verification:
         states,
         {name[1]: e for name, e in errors.items() if name[0] == "parameter"},
         {f"input {name[1]}": e for name, e in errors.items() if name[0] == "input"},
-        all(chain.exact for chain in chains),
+        all(settings.exact for settings in chains),
     )
 
 

@@ -24,59 +24,69 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from revify._engine.compiled.evaluation import CompiledEvaluation
 from revify._engine.compiled.operators import after, check, samples
 from revify._engine.compiled.random import Random, Repeatable
 from revify._engine.coupling import Coupling
-from revify._engine.update import Enter, check_branch, shadow_of
+from revify._engine.region import Function, parameters_of
+from revify._engine.turn import Turn, take_turn
+from revify._engine.update import Enter, fitting, shadow_of
 
 if TYPE_CHECKING:
-    from revify._engine.chain import ReversibleChain
+    from revify._engine.state import State
 
 
-def run_chain(
-    chain: ReversibleChain, coupling: Coupling, x1: Tensor, x2: Tensor, context: Sequence[Any]
-) -> tuple[Tensor, Tensor]:
-    """The updates of a chain in training."""
-    x = {1: coupling.enter(x1), 2: coupling.enter(x1.expand_as(x1) if x1 is x2 else x2)}
-    shadow: dict[int, Tensor] = {}
-    random = Random(x1.device)
-    anchor = next((v for v in (x1, x2, *context) if isinstance(v, Tensor) and v.requires_grad), None)
-    guarded = True
-    inverted = chain.inverted_when_compiled()
-    for i, step in enumerate(chain.steps):
-        p, q = step.writes, 3 - step.writes
-        anchor = step.anchor() if anchor is None else anchor
-        if shadow and i == inverted:
-            x[1], x[2] = _Leave.apply(x[1], x[2], shadow[1], shadow[2])
-            shadow.clear()
-        if i >= inverted or anchor is None:
-            with Repeatable(random, None):  # the same masks, so that the two ways can be compared
-                step.take(coupling, x, {}, context)
-            continue
-        if not shadow:
-            shadow[1], shadow[2] = Enter.apply(*_distinct([anchor, x[1], x[2]]))
-        skip = f = None
-        if step.skip is not None:
-            skip = CompiledEvaluation(step.name, step.skip, random, coupling.read(x[p]), ())
-        if step.branch is not None:
-            f = CompiledEvaluation(step.name, step.branch, random, coupling.read(x[q]), step.of_branch(context))
-        kept = [*(skip.tensors if skip is not None else ()), *(f.tensors if f is not None else ())]
-        if guarded:
-            kept.append(samples(x[1].detach(), x[2].detach()))
-        update = _Update(f"{chain.name}, at {step.name}", coupling, p, skip, f, guarded)
-        outputs = [None if e is None else e.output for e in (skip, f)]
-        arguments = _distinct([x[p], x[q], shadow[p], shadow[q], *outputs, *kept])
-        x[p], shadow[q], shadow[p] = _UpdateFunction.apply(update, *arguments)
-        guarded = step.ends_transition
-    if shadow:
+def update(
+    state: State, where: str, writes: int, skip: Function | None, f: Function | None, context: Sequence[Any]
+) -> Sequence[Any]:
+    """`State._update`, in training."""
+    run, x, shadow, p, q = state.run, state.x, state.shadow, writes, 3 - writes
+    if run.anchor is None:
+        given = [v for v in (x[1], x[2], *context) if isinstance(v, Tensor)]
+        for function in (skip, f):
+            given += [] if function is None else list(parameters_of(function))
+        run.anchor = next((v for v in given if v.requires_grad), None)
+    if shadow and not run.inverts(state.index):
         x[1], x[2] = _Leave.apply(x[1], x[2], shadow[1], shadow[2])
-    return x[1], x[2]
+        shadow.clear()
+    if not run.inverts(state.index) or run.anchor is None:
+        coupling = run.coupling
+        turn = Turn(where, coupling, x[p])
+        p_in = None if skip is None else coupling.read(x[p])
+        with Repeatable(run.random, None):  # the same masks, so that the two ways can be compared
+            x[p] = take_turn(turn, skip, f, p_in, coupling.read(x[q]), context)
+        return turn.sides
+    if not shadow:
+        shadow[1], shadow[2] = Enter.apply(*_distinct([run.anchor, x[1], x[2]]))
+        state.guarded = False
+    of_skip = of_f = None
+    sides: Sequence[Any] = ()
+    if skip is not None:
+        of_skip = CompiledEvaluation(where, skip, run.random, run.coupling.read(x[p]), ())
+    if f is not None:
+        of_f = CompiledEvaluation(where, f, run.random, run.coupling.read(x[q]), context)
+        sides = of_f.sides
+    kept = [*(of_skip.tensors if of_skip is not None else ()), *(of_f.tensors if of_f is not None else ())]
+    guarded = not state.guarded
+    if guarded:
+        kept.append(samples(x[1].detach(), x[2].detach()))
+    made = _Update(where, run.coupling, p, of_skip, of_f, guarded)
+    outputs = [None if e is None else e.output for e in (of_skip, of_f)]
+    arguments = _distinct([x[p], x[q], shadow[p], shadow[q], *outputs, *kept])
+    x[p], shadow[q], shadow[p] = _UpdateFunction.apply(made, *arguments)
+    state.guarded = not (skip is not None and writes == 2)
+    return sides
 
 
-def recompute(function: nn.Module, *inputs: Tensor) -> Tensor:
+def leave(x: dict[int, Tensor], shadow: dict[int, Tensor]) -> tuple[Tensor, Tensor]:
+    """`Leave`."""
+    left: tuple[Tensor, Tensor] = _Leave.apply(x[1], x[2], shadow[1], shadow[2])
+    return left
+
+
+def recompute(function: Function, *inputs: Tensor) -> Tensor:
     """``function(*inputs)``, of which the inputs alone are kept."""
     random = Random(inputs[0].device)
     f = CompiledEvaluation("the stem", function, random, inputs[0], inputs[1:])
@@ -134,8 +144,7 @@ class _UpdateFunction(torch.autograd.Function):
         ctx.save_for_backward(*([] if s is None else [p]), *tensors)
         r = p if s is None else coupling.enter(s)
         if a is not None:
-            check_branch(update.name, r, a)
-            r = coupling.couple(r, a)
+            r = coupling.couple(r, fitting(update.name, r, a))
         r = r + after(r, r)
         return r, shadow_of(q), shadow_of(r)
 
@@ -157,14 +166,14 @@ class _UpdateFunction(torch.autograd.Function):
             a, pull = f.again(coupling.read(q), of_f)
             if skip is None:
                 with torch.no_grad():
-                    p = coupling.uncouple(r, a)
+                    p = coupling.uncouple(r, fitting(update.name, r, a))
                     p = p + after(p, dr)
         if expected is not None:
             x1, x2 = (p, q) if update.writes == 1 else (q, p)
             dr = dr + check(update.name, coupling.exact, x1, x2, expected)
             dp = dr
         if pull is not None:
-            dq, *d_f = pull(dr)
+            dq, *d_f = pull(dr.sum_to_size(a.shape) if a.shape != dr.shape else dr)
             dq = None if dq is None else dq.to(q.dtype)
         if skip is not None:
             _, pull = skip.again(coupling.read(p), of_skip)

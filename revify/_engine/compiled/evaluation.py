@@ -11,11 +11,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.stateless import _reparametrize_module
 
+from revify._arguments import flattened
 from revify._engine import batch_statistics
 from revify._engine.compiled.operators import after, copied
 from revify._engine.compiled.random import Random, Repeatable
-from revify._engine.evaluation import BATCH_STATISTICS, run_on
-from revify._engine.region import Region
+from revify._engine.evaluation import BATCH_STATISTICS
+from revify._engine.region import Function, operands_of, run_on, sides_of
+from revify._errors import RevifyError
 
 
 class CompiledEvaluation:
@@ -26,10 +28,10 @@ class CompiledEvaluation:
     numbers were drawn.
     """
 
-    def __init__(self, where: str, function: nn.Module, random: Random, x: Tensor, context: Sequence[Any]) -> None:
+    def __init__(self, where: str, function: Function, random: Random, x: Tensor, context: Sequence[Any]) -> None:
         self.where, self.function = where, function
         x_needs = x.requires_grad
-        self.operands: list[Any] = function.operands() if isinstance(function, Region) else [function]
+        self.operands = operands_of(function)
         self.constants = [None if isinstance(c, Tensor) else (c,) for c in context]
         self.places: list[tuple[int, str]] = []
         self.tensors: list[Tensor] = [c for c in context if isinstance(c, Tensor)]
@@ -49,6 +51,10 @@ class CompiledEvaluation:
         recording = batch_statistics.Recording()
         with torch.no_grad(), _autocast(self.autocast), Repeatable(random, where), recording:
             self.output = run_on(self.function, self.operands, (x, *context))
+        self.sides: list[Any] = []
+        if sides_of(function):
+            self.output, *self.sides = self.output
+            self._check_sides()
         self.normalized = [known and known[0] for known in recording.statistics]
         for known in recording.statistics:
             self.tensors += known[1:] if known else ()
@@ -56,6 +62,15 @@ class CompiledEvaluation:
         if self.draws and random.seed is not None:
             self.tensors.append(random.seed)
         self.needs = [x_needs, *(t.requires_grad for t in self.tensors)]
+
+    def _check_sides(self) -> None:
+        """Of values that a branch returns besides its result only those that carry no gradient can be compiled."""
+        if any(isinstance(v, Tensor) and v.is_floating_point() for v in flattened(self.sides)[0]):
+            raise RevifyError(
+                f"{self.where}: the branch makes a tensor that other code reads too, whose gradient a compiled "
+                "backward pass cannot give. Do not ask for it (output_attentions=False, say), or train without "
+                "torch.compile."
+            )
 
     def _add(self, operand: int, name: str, tensor: Tensor) -> None:
         self.places.append((operand, name))
@@ -122,7 +137,8 @@ class CompiledEvaluation:
                 return run(i + 1)
 
         with _autocast(self.autocast), Repeatable(random, self.where), batch_statistics.Replaying(known):
-            return run(0)
+            result = run(0)
+            return result[0] if sides_of(self.function) else result
 
 
 def _buffers_in_training(operand: nn.Module) -> list[tuple[str, nn.Module, Tensor]]:

@@ -1,0 +1,131 @@
+"""Arguments and results of calls: trees of tuples, lists and dictionaries, and what stands in them."""
+
+from __future__ import annotations
+
+import copy
+import types
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from revify._errors import RevifyError
+
+Rebuild = Callable[[Sequence[Any]], Any]
+
+
+def flattened(tree: Any) -> tuple[list[Any], Rebuild]:
+    """What stands in a tree of tuples, lists and dictionaries, in order, and the function that puts other values in
+    the same places."""
+    leaves: list[Any] = []
+    shape = _shape(tree, leaves)
+    return leaves, lambda values: _rebuilt(shape, iter(values))
+
+
+def _shape(tree: Any, leaves: list[Any]) -> Any:
+    kind = type(tree)
+    if kind is dict:
+        return kind, tuple(tree), [_shape(v, leaves) for v in tree.values()]
+    if kind in (tuple, list) or (issubclass(kind, tuple) and hasattr(kind, "_fields")):
+        return kind, None, [_shape(v, leaves) for v in tree]
+    leaves.append(tree)
+    return None
+
+
+def _rebuilt(shape: Any, values: Any) -> Any:
+    if shape is None:
+        return next(values)
+    kind, keys, parts = shape
+    built = [_rebuilt(part, values) for part in parts]
+    if kind is dict:
+        return dict(zip(keys, built, strict=True))
+    return kind(built) if kind in (tuple, list) else kind(*built)
+
+
+def mapped(function: Callable[[Any], Any], tree: Any) -> Any:
+    """The tree with ``function`` of everything that stands in it."""
+    leaves, rebuild = flattened(tree)
+    return rebuild([function(x) for x in leaves])
+
+
+CONSTANTS = (type(None), bool, int, str)
+
+
+def described(args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[Any, list[Any]]:
+    """What a trace of a call depends on, and the values that it leaves open, in order: tensors, and objects that it
+    hands on without looking at them. Of everything else, the value."""
+    inputs: list[Any] = []
+    key = (tuple(_kind(x, inputs) for x in args), tuple((name, _kind(x, inputs)) for name, x in kwargs.items()))
+    return key, inputs
+
+
+def _kind(x: Any, inputs: list[Any]) -> Any:
+    kind = type(x)
+    if kind in CONSTANTS:
+        return kind.__name__, x
+    if kind is tuple or kind is list:
+        return kind.__name__, tuple(_kind(v, inputs) for v in x)
+    if kind is dict:
+        return "dict", tuple((name, _kind(v, inputs)) for name, v in x.items())
+    inputs.append(x)
+    return "tensor" if isinstance(x, Tensor) or getattr(kind, "stands_for_a_tensor", False) else kind.__name__
+
+
+def put(key: Any, inputs: Sequence[Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments of a call that `described` gave the key for, with ``inputs`` in the places left open."""
+    values = iter(inputs)
+    args, kwargs = key
+    return tuple(_value(k, values) for k in args), {name: _value(k, values) for name, k in kwargs}
+
+
+def _value(kind: Any, values: Any) -> Any:
+    if isinstance(kind, str):
+        return next(values)
+    name, content = kind
+    if name in ("tuple", "list"):
+        items = [_value(k, values) for k in content]
+        return tuple(items) if name == "tuple" else items
+    if name == "dict":
+        return {key: _value(k, values) for key, k in content}
+    return content
+
+
+def arguments(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """``example_inputs`` as positional and keyword arguments."""
+    if isinstance(example_inputs, Tensor):
+        return (example_inputs,), {}
+    if isinstance(example_inputs, (tuple, list)):
+        return tuple(example_inputs), {}
+    if isinstance(example_inputs, dict):
+        return (), example_inputs
+    raise RevifyError(
+        "example_inputs must be a tensor, a tuple of positional inputs or a dict of keyword inputs, "
+        f"got {type(example_inputs).__name__}."
+    )
+
+
+def snapshot(x: Any) -> Any:
+    """A copy of an object that a call may change (a cache, for instance), with the same tensors and modules in it."""
+    if type(x) in (*CONSTANTS, float) or isinstance(x, (types.FunctionType, types.MethodType, type)):
+        return x
+    memo: dict[int, Any] = {}
+    _keep_tensors(x, memo, depth=6)
+    try:
+        return copy.deepcopy(x, memo)
+    except Exception:  # what cannot be copied is handed on as it is
+        return x
+
+
+def _keep_tensors(x: Any, memo: dict[int, Any], depth: int) -> None:
+    """Enters the tensors and modules in an object into the memo of a copy, as their own copies."""
+    if isinstance(x, (Tensor, torch.nn.Module)):
+        memo[id(x)] = x
+    elif depth and isinstance(x, (list, tuple, set)):
+        for item in x:
+            _keep_tensors(item, memo, depth - 1)
+    elif depth and isinstance(x, dict):
+        for item in x.values():
+            _keep_tensors(item, memo, depth - 1)
+    elif depth and hasattr(x, "__dict__") and not isinstance(x, (type, types.ModuleType, types.FunctionType)):
+        _keep_tensors(vars(x), memo, depth - 1)

@@ -1,0 +1,96 @@
+"""A plan -> how it goes in a training step on the example inputs, run without values.
+
+What blocks hand on to one another is seen there as it will be; and a unit that cannot run as one, since its branch
+returns another shape, fails there and not in the user's first step.
+
+Requires: a plan over ``root``. Leaves: an `Outcome`; root as it was.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from revify._analysis.links import Chain, Segment
+from revify._analysis.observe import hollow, mode_of, random_numbers_kept
+from revify._analysis.plan import ChainPlan, Plan
+from revify._analysis.report import Refusal, Report
+from revify._analysis.units import Unit
+from revify._arguments import arguments
+from revify._conversion.apply import apply
+from revify._conversion.blocks import MODEL
+from revify._errors import UnitError
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """``runs`` are the names of the units that each chain went through, in order; None where the step could not be run
+    to its end. ``failed`` is the unit that could not run, and why. ``always``: whether other steps go the same way."""
+
+    runs: tuple[tuple[str, ...], ...] | None
+    failed: tuple[str, str] | None
+    always: bool
+
+
+def trial(plan: Plan, root: nn.Module, example_inputs: Any) -> Outcome:
+    log: list[tuple[Any, str]] = []
+    with random_numbers_kept() as drew:
+        try:
+            args, kwargs = arguments(example_inputs)
+            model, args, kwargs = hollow(root, args, kwargs)
+            open_plan = replace(plan, handing_on=frozenset(block.path for block in plan.blocks))
+            model = apply(open_plan, model, Report("", (), (), ()), False, None)
+            settings = model.__dict__[MODEL].settings
+            settings.log = log
+            model.train()
+            with mode_of(model), torch.enable_grad():
+                result = model(*args, **kwargs)
+                settings.log = None
+                outputs = [y for y in tree_leaves(result) if isinstance(y, Tensor) and y.requires_grad]
+                sum(y.abs().sum() for y in outputs).backward()  # type: ignore[union-attr]
+        except UnitError as error:
+            return Outcome(None, (error.unit, str(error)), not drew())
+        except Exception:  # values are needed somewhere: the first step will tell
+            return Outcome(None, None, not drew())
+        always = not drew()
+    runs: dict[int, list[str]] = {}
+    for run, name in log:
+        runs.setdefault(id(run), []).append(name)
+    return Outcome(tuple(map(tuple, runs.values())), None, always)
+
+
+def as_observed(plan: Plan, outcome: Outcome) -> Plan:
+    """The plan with the chains that were seen."""
+    assert outcome.runs is not None
+    names = {block.full_name(unit): (block, unit) for block in plan.blocks for unit in block.units}
+    seen: set[str] = set()
+    chains: list[Chain] = []
+    handing_on: set[str] = set()
+    for run in outcome.runs:
+        units = [names[name] for name in run if name in names and name not in seen]
+        seen.update(run)
+        segments: list[tuple[Any, list[Unit]]] = []
+        for block, unit in units:
+            if segments and segments[-1][0] is block:
+                segments[-1][1].append(unit)
+            else:
+                segments.append((block, [unit]))
+        handing_on |= {block.path for block, _ in segments[:-1]}
+        if segments:
+            chains.append(Chain(tuple(Segment(block, tuple(us), None, None) for block, us in segments)))
+    unseen = [b for b in plan.blocks if not any(b.full_name(unit) in seen for unit in b.units)]
+    if not outcome.always:
+        handing_on |= {block.path for block in plan.blocks}
+    handing_on |= {block.path for block in unseen}
+    planned = tuple(ChainPlan(f"chain {i + 1}", chain, None, None) for i, chain in enumerate(chains))
+    return replace(plan, chains=planned, handing_on=frozenset(handing_on))
+
+
+def refusal(outcome: Outcome) -> Refusal:
+    assert outcome.failed is not None
+    name, message = outcome.failed
+    return Refusal(name, "shape", message)

@@ -1,0 +1,182 @@
+"""What travels from block to block: the two streams, in an object that other code can treat as the tensor that it
+stands for.
+
+The next block takes the state out of it. Whatever else touches it, an operator, a function of torch, a method, gets
+the merged value, computed then. Three rules keep the gradients right:
+
+1. the first touch of a state that no block has taken ends its reversible pass, and a block that comes later starts
+   from the same streams;
+2. a state that a block has taken is merged from the streams as they are;
+3. a second block that takes the same state starts from the same streams, in a pass of its own.
+
+Reading a shape, a dtype or a device touches nothing. A view (`flatten`, `transpose`, ...) acts on both streams: its
+adjoint is its inverse, so what a shadow hands back stays a state. An activation that a block ends with goes with the
+streams, and is applied by who reads them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from revify._arguments import mapped
+from revify._bijections import BIJECTIONS
+from revify._engine.region import After, Function
+from revify._engine.state import State
+
+View = tuple[str, tuple[Any, ...], dict[str, Any]]  # a method of Tensor and its arguments
+
+
+class Shared:
+    """A state, and whether a block has taken it."""
+
+    def __init__(self, state: State) -> None:
+        self.state, self.taken = state, False
+
+    def take(self) -> State:
+        copy = self.state.copy()
+        if not self.taken:
+            copy.shadow, copy.guarded, copy.tail = self.state.shadow, self.state.guarded, self.state.tail
+            self.state.shadow, self.state.tail, self.taken = {}, None, True
+        return copy
+
+
+class Streams:
+    """Stands for the merged value of a state, with activations and views applied."""
+
+    stands_for_a_tensor = True
+
+    def __init__(self, shared: Shared, heads: tuple[Function, ...] = (), views: tuple[View, ...] = ()) -> None:
+        self._shared, self._heads, self._views = shared, heads, views
+        self._value: Tensor | None = None
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:  # so that code that asks whether it is given a tensor goes the same way
+        return Tensor
+
+    def take(self) -> tuple[State, tuple[Function, ...]]:
+        """The state to go on from, and the activations that its readers apply."""
+        state = self._shared.take()
+        for name, args, kwargs in self._views:
+            state.x = {i: getattr(x, name)(*args, **kwargs) for i, x in state.x.items()}
+            state.shadow = {i: getattr(x, name)(*args, **kwargs) for i, x in state.shadow.items()}
+        return state, self._heads
+
+    def value(self) -> Tensor:
+        """The merged value."""
+        grad = torch.is_grad_enabled()
+        if self._value is not None and (self._value.requires_grad or not grad):
+            return self._value
+        state = self._shared.state
+        if grad and not self._shared.taken:
+            state.leave()
+        value = state.merged()
+        for name, args, kwargs in self._views:
+            value = getattr(value, name)(*args, **kwargs)
+        for head in self._heads:
+            value = head(value)
+        if grad:  # without, it has no graph, and must not be what a later reader gets
+            self._value = value
+        return value
+
+    def activated(self, head: Function) -> Streams:
+        return Streams(self._shared, (*self._heads, head), self._views)
+
+    def viewed(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        state = self._shared.state
+        if state.waiting is not None or state.run.axis is not None:
+            return getattr(self.value(), name)(*args, **kwargs)
+        return Streams(self._shared, self._heads, (*self._views, (name, args, kwargs)))
+
+    def _like(self) -> Tensor:
+        """A tensor with the shape, dtype and device of the value."""
+        state = self._shared.state
+        if state.waiting is not None or state.run.axis is not None:
+            return self.value()
+        x = state.x[1]
+        if x.dtype != state.run.coupling.inside or x.requires_grad:
+            x = x.detach()
+        x = state.run.coupling.read(x) if x.dtype != state.run.coupling.inside else x
+        for name, args, kwargs in self._views:
+            x = getattr(x, name)(*args, **kwargs)
+        return x
+
+    def __getattr__(self, name: str) -> Any:
+        if name in _FACTS:
+            return getattr(self._like(), name)
+        if name in BIJECTIONS:
+            return lambda *args, **kwargs: self.viewed(name, args, kwargs)
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return getattr(self.value(), name)
+
+    @property
+    def requires_grad(self) -> bool:
+        state = self._shared.state
+        return state.x[1].requires_grad or state.x[2].requires_grad
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = getattr(func, "__name__", "")
+        if args and type(args[0]) is Streams and name in BIJECTIONS and not any(map(_holds_streams, args[1:])):
+            return args[0].viewed(name, tuple(args[1:]), kwargs or {})
+        return func(*merged(args), **merged(kwargs or {}))
+
+
+_FACTS = frozenset(
+    {
+        *("shape", "dtype", "device", "ndim", "size", "dim", "numel", "nelement", "ndimension", "layout", "names"),
+        *(
+            "is_floating_point",
+            "is_complex",
+            "get_device",
+            "element_size",
+            "nbytes",
+            "itemsize",
+            "is_meta",
+            "is_sparse",
+        ),
+        *("is_nested", "is_quantized", "is_mps", "is_cpu", "is_xpu", "is_cuda"),
+    }
+)
+
+
+def _forwarded(name: str) -> Any:
+    def method(self: Streams, *args: Any) -> Any:
+        return getattr(self.value(), name)(*merged(args))
+
+    return method
+
+
+_OPERATORS = ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul", "and", "or", "xor")
+for _name in _OPERATORS:
+    for _form in ("", "r", "i"):
+        setattr(Streams, f"__{_form}{_name}__", _forwarded(f"__{_form}{_name}__"))
+for _name in ("neg", "pos", "abs", "invert", "getitem", "setitem", "iter", "bool", "float", "int", "array"):
+    setattr(Streams, f"__{_name}__", _forwarded(f"__{_name}__"))
+for _name in ("lt", "le", "gt", "ge", "eq", "ne"):
+    setattr(Streams, f"__{_name}__", _forwarded(f"__{_name}__"))
+Streams.__hash__ = object.__hash__  # type: ignore[method-assign]
+Streams.__len__ = lambda self: len(self._like())  # type: ignore[attr-defined]
+Streams.__repr__ = lambda self: repr(self.value())  # type: ignore[method-assign,attr-defined]
+Streams.__format__ = lambda self, spec: format(self.value(), spec)  # type: ignore[method-assign,attr-defined]
+
+
+def merged(tree: Any) -> Any:
+    """The tree with merged values in the places of streams."""
+    return mapped(lambda x: x.value() if type(x) is Streams else x, tree)
+
+
+def _holds_streams(tree: Any) -> bool:
+    found: list[bool] = []
+    mapped(lambda x: found.append(type(x) is Streams), tree)
+    return any(found)
+
+
+def after_heads(heads: Sequence[Function], function: Function) -> Function:
+    for head in reversed(heads):
+        function = After(head, function)
+    return function

@@ -1,0 +1,118 @@
+"""One update of a stream: evaluated for a backward pass to come, stored by plain autograd, or measured."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from revify._arguments import snapshot
+from revify._engine.budget import Cost, Output
+from revify._engine.costs import measure
+from revify._engine.coupling import Coupling
+from revify._engine.evaluation import Evaluation, random_state_kept
+from revify._engine.region import Function, sides_of
+from revify._engine.update import Tail, Update, check_not_overwritten, fitting, version_of
+
+
+class Turn:
+    """What an update is given besides the tensors that it reads. A class of its own and no tuple or dataclass, so that
+    it is hidden from what wraps a module: FSDP casts a module's inputs, and a stream that loses digits cannot be
+    reconstructed.
+
+    Attributes:
+        name: the update's, for messages.
+        coupling: the arithmetic.
+        p: the value of the stream that is replaced.
+        shadows: of the replaced and of the other stream, before the update, then after it; None: no reversible pass.
+        keep: the operations of the branch whose outputs to keep, by number.
+        measures: whether to find out the update's cost as well, which becomes ``cost``.
+        tail: afterwards, the state, until another update takes it.
+        sides: afterwards, what the branch returned besides the first value.
+    """
+
+    cost: Cost
+    sides: Sequence[Any] = ()
+
+    def __init__(
+        self,
+        name: str,
+        coupling: Coupling,
+        p: Tensor,
+        shadows: tuple[Tensor, Tensor] | None = None,
+        keep: Collection[int] = (),
+        measures: bool = False,
+    ) -> None:
+        self.name, self.coupling, self.p, self.shadows = name, coupling, p, shadows
+        self.keep, self.measures, self.tail = keep, measures, Tail()
+
+
+def take_turn(
+    turn: Turn, skip: Function | None, f: Function | None, p_in: Tensor | None, q_in: Tensor, context: Sequence[Any]
+) -> Tensor:
+    """The new value of the stream: ``skip(p) + f(q)``. Without ``skip`` the update adds to p as it is and can be
+    inverted; without ``f`` it applies ``skip`` alone. ``p_in`` and ``q_in`` are the streams' values as skip and f read
+    them (``p_in`` is None without a skip), ``context`` what f takes besides."""
+    if turn.measures:
+        with torch.no_grad(), random_state_kept(q_in):
+            turn.cost = _cost(turn, skip, f, p_in, q_in, context)
+    if turn.shadows is not None:
+        return _recorded(turn, skip, f, p_in, q_in, context)
+    r = turn.p
+    if skip is not None:
+        assert p_in is not None
+        r = turn.coupling.enter(skip(_head(p_in)))
+    if f is None:
+        return r
+    x = _head(q_in)
+    version = version_of(x)
+    a = f(x, *context)
+    check_not_overwritten(turn.name, x, version)
+    if sides_of(f):
+        a, *turn.sides = a
+    return turn.coupling.couple(r, fitting(turn.name, r, a))
+
+
+def _recorded(
+    turn: Turn, skip: Function | None, f: Function | None, p_in: Tensor | None, q_in: Tensor, context: Sequence[Any]
+) -> Tensor:
+    assert turn.shadows is not None
+    of_skip, of_f = (None if function is None else Evaluation(function) for function in (skip, f))
+    tensors = [x for x in context if isinstance(x, Tensor)]
+    for evaluation in (of_skip, of_f):
+        tensors += evaluation.tensors if evaluation else []
+    streams = turn.p, p_in, q_in, *turn.shadows
+    updated: tuple[Tensor, ...] = Update.apply(
+        turn.name, turn.coupling, of_skip, of_f, turn.keep, turn.tail, context, *streams, *tensors
+    )
+    r, q_shadow, r_shadow, *sides = updated
+    if of_f is not None:
+        turn.sides = of_f.joined(sides)
+    turn.tail.state = q_in.detach(), r.detach()
+    turn.shadows = r_shadow, q_shadow
+    return r
+
+
+def _cost(
+    turn: Turn, skip: Function | None, f: Function | None, p_in: Tensor | None, q_in: Tensor, context: Sequence[Any]
+) -> Cost:
+    work, stored, flat = 0.0, 0, 0
+    outputs: tuple[Output, ...] = ()
+    r = turn.p
+    if skip is not None:
+        assert p_in is not None
+        s, work, stored, _ = measure(skip, p_in)
+        r, flat = s, turn.p.nbytes
+    if f is not None:
+        _, f_work, f_stored, outputs = measure(f, q_in, *(x if isinstance(x, Tensor) else snapshot(x) for x in context))
+        work, stored = work + f_work, stored + f_stored
+    size = torch.empty((), dtype=turn.coupling.state).element_size()
+    return Cost(work, stored, flat, (r.numel() + q_in.numel()) * size, outputs)
+
+
+def _head(x: Tensor) -> Tensor:
+    """The start of a branch in a recorded graph: the gradients of the branch's reads of x add up here first, as they
+    do where the branch is evaluated again on its own."""
+    return x.expand_as(x) if x.requires_grad and torch.is_grad_enabled() else x
