@@ -107,25 +107,33 @@ def arguments(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
 
 def snapshot(x: Any) -> Any:
     """A copy of an object that a call may change (a cache, for instance), with the same tensors and modules in it."""
-    if type(x) in (*CONSTANTS, float) or isinstance(x, (types.FunctionType, types.MethodType, type)):
+    if type(x) in (*CONSTANTS, float) or isinstance(x, _UNCHANGED):
         return x
-    memo: dict[int, Any] = {}
-    _keep_tensors(x, memo, depth=6)
     try:
-        return copy.deepcopy(x, memo)
+        return copy.deepcopy(x, _kept(x))
     except Exception:  # what cannot be copied is handed on as it is
         return x
 
 
-def _keep_tensors(x: Any, memo: dict[int, Any], depth: int) -> None:
-    """Enters the tensors and modules in an object into the memo of a copy, as their own copies."""
-    if isinstance(x, (Tensor, torch.nn.Module)):
-        memo[id(x)] = x
-    elif depth and isinstance(x, (list, tuple, set)):
-        for item in x:
-            _keep_tensors(item, memo, depth - 1)
-    elif depth and isinstance(x, dict):
-        for item in x.values():
-            _keep_tensors(item, memo, depth - 1)
-    elif depth and hasattr(x, "__dict__") and not isinstance(x, (type, types.ModuleType, types.FunctionType)):
-        _keep_tensors(vars(x), memo, depth - 1)
+def _kept(root: Any) -> dict[int, Any]:
+    """The tensors and modules in an object, as a memo that makes them their own copies."""
+    memo: dict[int, Any] = {}
+    seen: set[int] = set()
+    pending = [root]
+    while pending:
+        x = pending.pop()
+        if id(x) in seen or type(x) in (*CONSTANTS, float):
+            continue
+        seen.add(id(x))
+        if isinstance(x, (Tensor, torch.nn.Module)):
+            memo[id(x)] = x
+        elif isinstance(x, (list, tuple, set)):
+            pending += x
+        elif isinstance(x, dict):
+            pending += x.values()
+        elif hasattr(x, "__dict__") and not isinstance(x, _UNCHANGED):
+            pending += vars(x).values()
+    return memo
+
+
+_UNCHANGED = (type, types.ModuleType, types.FunctionType, types.MethodType, types.BuiltinFunctionType)

@@ -124,12 +124,10 @@ class Analyser:
         refusals: list[tuple[str, Refusal]] = []
         seen: set[int] = set()
         for path, module in _children_first(model):
-            if (
-                id(module) in seen
-                or not _may_hold_units(module)
-                or not _may_add(module)
-                or (path in self.calls and self.calls[path] is None)
-            ):
+            called = self.calls.get(path, True) is not None
+            if id(module) in seen or not called or not _may_be_looked_into(module):
+                continue
+            if not _may_add(module) and not self._inlined(module):
                 continue
             seen.add(id(module))
             if self.is_open(module) and path:
@@ -205,7 +203,7 @@ class Analyser:
     def is_open(self, module: nn.Module) -> bool:
         """Whether a module returns the sum of one of its inputs and of what it makes of another: the addition of a
         unit that its caller computes."""
-        if not _may_hold_units(module):
+        if not _may_be_looked_into(module) or not _may_add(module):
             return False
         graph = self.graph(module)
         if graph is None:
@@ -298,10 +296,6 @@ def _may_be_looked_into(module: nn.Module) -> bool:
     if isinstance(module, (torch.jit.ScriptModule, fx.GraphModule)) or type(module) in _CONTAINERS:
         return False
     return not type(module).__module__.startswith("torch.") or isinstance(module, _OF_TORCH)
-
-
-def _may_hold_units(module: nn.Module) -> bool:
-    return _may_be_looked_into(module) and (bool(list(module.children())) or bool(list(module.parameters())))
 
 
 def _may_add(module: nn.Module) -> bool:

@@ -122,6 +122,7 @@ _VIEW_NAMES = {
         "chunk",
         "split",
     ),
+    *("arange", "zeros", "ones", "full", "tensor"),
     *("contiguous", "size", "dim", "narrow", "unflatten", "movedim", "getattr"),
 }
 

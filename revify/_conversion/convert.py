@@ -145,7 +145,10 @@ def _analyse(model: nn.Module, example_inputs: Any, *, entry: str, exit: str, ti
             break
         outcome = trial(plan, root, example_inputs)
         if outcome.failed is None:
-            plan = plan if outcome.runs is None else as_observed(plan, outcome)
+            if outcome.runs is not None and outcome.always:
+                plan = as_observed(plan, outcome)
+            else:  # which block goes on from which is known when they run
+                plan = replace(plan, handing_on=frozenset(block.path for block in plan.blocks))
             break
         failed.append(refusal(outcome))
         if not found.drop(outcome.failed[0]):

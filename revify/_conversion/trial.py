@@ -82,10 +82,10 @@ def as_observed(plan: Plan, outcome: Outcome) -> Plan:
         handing_on |= {block.path for block, _ in segments[:-1]}
         if segments:
             chains.append(Chain(tuple(Segment(block, tuple(us), None, None) for block, us in segments)))
-    unseen = [b for b in plan.blocks if not any(b.full_name(unit) in seen for unit in b.units)]
-    if not outcome.always:
-        handing_on |= {block.path for block in plan.blocks}
-    handing_on |= {block.path for block in unseen}
+    for chain in (c.chain for c in plan.chains):  # what the example does not call
+        if not any(s.block.full_name(unit) in seen for s in chain.segments for unit in s.units):
+            chains.append(chain)
+            handing_on |= {s.block.path for s in chain.segments}
     planned = tuple(ChainPlan(f"chain {i + 1}", chain, None, None) for i, chain in enumerate(chains))
     return replace(plan, chains=planned, handing_on=frozenset(handing_on))
 
