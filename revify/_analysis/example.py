@@ -26,9 +26,9 @@ class Example:
         self._module: nn.Module | None = None
 
     def _fake(self, x: Any) -> Any:
+        x = x.like() if getattr(type(x), "stands_for_a_tensor", False) else x
         if not isinstance(x, Tensor) or isinstance(x, FakeTensor):
             return x
-        x = x.detach()  # streams too become the tensor that they stand for
         with self.mode:
             return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device)
 

@@ -208,12 +208,11 @@ def _siblings(segments: dict[str, list[Segment]]) -> Links:
             if last is not None and last[0] == parent and last[1].exit is not None and segment.entry is not None:
                 chain = last[2]
                 chain.append(segment)
+                handing_on.add(last[1].block.path)
             else:
                 chain = [segment]
                 chains.append(chain)
             last = (parent, segment, chain)
-            if segment.exit is not None:
-                handing_on.add(path)
     return Links(tuple(Chain(tuple(c)) for c in chains), None, frozenset(handing_on))
 
 

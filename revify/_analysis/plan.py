@@ -5,6 +5,7 @@ Requires: the blocks of a model and the links between them. Leaves: a frozen `Pl
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import fx, nn
@@ -101,6 +102,22 @@ _SAVES_NOTHING = (
 def _weight(chain: Chain) -> int:
     """About how many tensors plain autograd keeps for a chain's branches."""
     return sum(s.block.analysed[0].ops.weight(node) for s in chain.segments for unit in s.units for node in unit.branch)
+
+
+def little_saved(root: nn.Module, plans: Sequence[ChainPlan]) -> list[str]:
+    """A note where the chains hold little of what a step keeps."""
+    layers = [m for m in root.modules() if not list(m.children()) and not isinstance(m, (nn.Identity, nn.Dropout))]
+    saved = sum(max(0, _weight(plan.chain) - 2) for plan in plans)
+    share = saved / max(1, len(layers))
+    if not plans or share >= _LITTLE:
+        return []
+    return [
+        f"Little is saved: beyond the two streams of each chain, the branches hold about {share:.0%} of the model's "
+        "layers. Deeper chains save more; for what lies outside of them there is activation checkpointing."
+    ]
+
+
+_LITTLE = 0.25
 
 
 def _stem(root: nn.Module, blocks: tuple[Block, ...]) -> StemPlan | None:

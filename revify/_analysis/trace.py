@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import inspect
+import math
 import random
 import sys
 import traceback
@@ -270,7 +271,7 @@ class _Tracer(fx.Tracer):
         opaque: Sequence[_Opaque],
         example: Example | None,
     ) -> None:
-        super().__init__(param_shapes_constant=True)
+        super().__init__(autowrap_modules=(math,) if _uses_math(forward) else (), param_shapes_constant=True)
         self.module, self.forward, self.key, self.names = module, forward, key, names
         self.inlined, self.opaque = inlined, opaque
         self.example = example
@@ -513,6 +514,12 @@ def _put(owner: Any, name: str, value: Any) -> None:
         delattr(owner, name)
     else:
         setattr(owner, name, value)
+
+
+def _uses_math(forward: Any) -> bool:
+    function = inspect.unwrap(forward)
+    scope, names = getattr(function, "__globals__", {}), getattr(getattr(function, "__code__", None), "co_names", ())
+    return any(scope.get(name) is math or getattr(scope.get(name), "__module__", "") == "math" for name in names)
 
 
 class _Kept:

@@ -77,7 +77,7 @@ class UnitFinder:
     def units(self) -> list[Unit]:
         """The units that lie within no other, in the graph's order."""
         units = self._outermost(self.nodes)
-        units = self._without_post_norm(units)
+        units = self._without_circles(self._without_post_norm(units))
         self.refusals.sort(key=lambda entry: self.order[entry[0]])
         return units
 
@@ -293,6 +293,35 @@ class UnitFinder:
                     "out-of-place form (inplace=False).",
                 )
 
+    def _without_circles(self, units: list[Unit]) -> list[Unit]:
+        """The units without those that need a value of another one's branch which needs a value of theirs."""
+        kept = list(units)
+        while True:
+            owner = {node: unit for unit in kept for node in unit.nodes()}
+            needs = {unit.total: self._needed(unit, owner) for unit in kept}
+            circle = next((unit for unit in reversed(kept) if _reaches(unit.total, unit.total, needs)), None)
+            if circle is None:
+                return kept
+            kept.remove(circle)
+            self.refusals.append((circle.total, "entangled", _ENTANGLED))
+
+    def _needed(self, unit: Unit, owner: dict[fx.Node, Unit]) -> set[fx.Node]:
+        """The totals of the other units from which a unit's inputs come directly."""
+        inside = unit.nodes()
+        pending = [unit.z, *(n for node in inside for n in node.all_input_nodes if n not in inside)]
+        found: set[fx.Node] = set()
+        seen: set[fx.Node] = set()
+        while pending:
+            node = pending.pop()
+            if node in seen or node in inside:
+                continue
+            seen.add(node)
+            if node in owner:
+                found.add(owner[node].total)
+            else:
+                pending.extend(node.all_input_nodes)
+        return found
+
     def _without_post_norm(self, units: list[Unit]) -> list[Unit]:
         """The units without those whose sum goes through a norm before the next skip reads it, or before the module
         returns it, as all its sums do."""
@@ -327,8 +356,22 @@ _POST_NORM = (
     "a norm with parameters follows the addition, on the path that the next skip reads (post-norm), so the state "
     "cannot be carried past it. Use the pre-norm form of the block (norm_first=True)."
 )
+
+
+def _reaches(start: fx.Node, end: fx.Node, needs: dict[fx.Node, set[fx.Node]]) -> bool:
+    pending, seen = list(needs[start]), set(needs[start])
+    while pending:
+        node = pending.pop()
+        if node is end:
+            return True
+        for other in needs[node] - seen:
+            seen.add(other)
+            pending.append(other)
+    return False
+
+
 _ENTANGLED = (
-    "its branch shares a computation with the branch of a later addition, so neither can be evaluated on its own. "
+    "its branch and that of another addition need values of one another, so neither can be evaluated on its own. "
     "Compute what both need outside of the residual blocks."
 )
 _ESCAPES = (

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from revify._analysis.links import find_links
 from revify._analysis.model import Analyser, Block
 from revify._analysis.observe import observe
-from revify._analysis.plan import Plan, make_plan
+from revify._analysis.plan import Plan, little_saved, make_plan
 from revify._analysis.report import ChainReport, Refusal, Report, UnitReport
 from revify._conversion.apply import apply
 from revify._conversion.blocks import MODEL, Converted
@@ -158,7 +158,9 @@ def _analyse(model: nn.Module, example_inputs: Any, *, entry: str, exit: str, ti
     if not plan.chains and not refusals:
         refusals = (_no_additions(root, name),)
     chains = tuple(_chain_report(chain) for chain in plan.chains)
-    return _Analysis(root, plan, Report(name, chains, refusals, (*_notes(plan), *found.notes)))
+    return _Analysis(
+        root, plan, Report(name, chains, refusals, (*_notes(plan), *little_saved(root, plan.chains), *found.notes))
+    )
 
 
 def _copy(model: nn.Module) -> nn.Module:

@@ -1,4 +1,4 @@
-"""A plan -> how it goes in a training step on the example inputs, run without values.
+"""A plan -> how it goes in a forward pass of training on the example inputs, run without values.
 
 What blocks hand on to one another is seen there as it will be; and a unit that cannot run as one, since its branch
 returns another shape, fails there and not in the user's first step.
@@ -12,8 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+from torch import nn
 
 from revify._analysis.links import Chain, Segment
 from revify._analysis.observe import hollow, mode_of, random_numbers_kept
@@ -28,7 +27,7 @@ from revify._errors import UnitError
 
 @dataclass(frozen=True)
 class Outcome:
-    """``runs`` are the names of the units that each chain went through, in order; None where the step could not be run
+    """``runs`` are the names of the units that each chain went through, in order; None where the pass could not be run
     to its end. ``failed`` is the unit that could not run, and why. ``always``: whether other steps go the same way."""
 
     runs: tuple[tuple[str, ...], ...] | None
@@ -37,21 +36,27 @@ class Outcome:
 
 
 def trial(plan: Plan, root: nn.Module, example_inputs: Any) -> Outcome:
+    """Every block hands its streams on where the model's own code goes on with that; else those that are known to, and
+    else none."""
+    for handing_on in (frozenset(block.path for block in plan.blocks), plan.handing_on, frozenset()):
+        outcome = _trial(replace(plan, handing_on=handing_on), root, example_inputs)
+        if outcome.runs is not None or outcome.failed is not None:
+            break
+    return outcome
+
+
+def _trial(plan: Plan, root: nn.Module, example_inputs: Any) -> Outcome:
     log: list[tuple[Any, str]] = []
     with random_numbers_kept() as drew:
         try:
             args, kwargs = arguments(example_inputs)
             model, args, kwargs = hollow(root, args, kwargs)
-            open_plan = replace(plan, handing_on=frozenset(block.path for block in plan.blocks))
-            model = apply(open_plan, model, Report("", (), (), ()), False, None)
+            model = apply(plan, model, Report("", (), (), ()), False, None)
             settings = model.__dict__[MODEL].settings
             settings.log = log
             model.train()
             with mode_of(model), torch.enable_grad():
-                result = model(*args, **kwargs)
-                settings.log = None
-                outputs = [y for y in tree_leaves(result) if isinstance(y, Tensor) and y.requires_grad]
-                sum(y.abs().sum() for y in outputs).backward()  # type: ignore[union-attr]
+                model(*args, **kwargs)
         except UnitError as error:
             return Outcome(None, (error.unit, str(error)), not drew())
         except Exception:  # values are needed somewhere: the first step will tell

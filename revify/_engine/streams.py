@@ -17,7 +17,8 @@ streams, and is applied by who reads them.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -44,22 +45,33 @@ class Shared:
         return copy
 
 
+@dataclass(eq=False, repr=False)
 class Streams:
-    """Stands for the merged value of a state, with activations and views applied."""
+    """Stands for the merged value of a state, with activations and views applied.
 
-    stands_for_a_tensor = True
+    ``_x1`` and ``_x2`` are the streams, as fields of a dataclass, where FSDP finds the tensors that a module takes and
+    returns: it hooks their gradients, and may put others in their places.
+    """
 
-    def __init__(self, shared: Shared, heads: tuple[Function, ...] = (), views: tuple[View, ...] = ()) -> None:
-        self._shared, self._heads, self._views = shared, heads, views
+    _shared: Shared
+    _heads: tuple[Function, ...] = ()
+    _views: tuple[View, ...] = ()
+    _x1: Any = None
+    _x2: Any = None
+
+    stands_for_a_tensor: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
         self._value: Tensor | None = None
-
-    @property  # type: ignore[misc]
-    def __class__(self) -> type:  # so that code that asks whether it is given a tensor goes the same way
-        return Tensor
+        x = self._shared.state.x
+        self._x1, self._x2 = x[1] if self._x1 is None else self._x1, x[2] if self._x2 is None else self._x2
 
     def take(self) -> tuple[State, tuple[Function, ...]]:
         """The state to go on from, and the activations that its readers apply."""
         state = self._shared.take()
+        for i, x in ((1, self._x1), (2, self._x2)):
+            if x.dtype == state.x[i].dtype:  # a cast one has lost digits, without which nothing can be reconstructed
+                state.x[i] = x
         for name, args, kwargs in self._views:
             state.x = {i: getattr(x, name)(*args, **kwargs) for i, x in state.x.items()}
             state.shadow = {i: getattr(x, name)(*args, **kwargs) for i, x in state.shadow.items()}
@@ -91,7 +103,7 @@ class Streams:
             return getattr(self.value(), name)(*args, **kwargs)
         return Streams(self._shared, self._heads, (*self._views, (name, args, kwargs)))
 
-    def _like(self) -> Tensor:
+    def like(self) -> Tensor:
         """A tensor with the shape, dtype and device of the value."""
         state = self._shared.state
         if state.waiting is not None or state.run.axis is not None:
@@ -106,7 +118,7 @@ class Streams:
 
     def __getattr__(self, name: str) -> Any:
         if name in _FACTS:
-            return getattr(self._like(), name)
+            return getattr(self.like(), name)
         if name in BIJECTIONS:
             return lambda *args, **kwargs: self.viewed(name, args, kwargs)
         if name.startswith("__"):
@@ -160,7 +172,7 @@ for _name in ("neg", "pos", "abs", "invert", "getitem", "setitem", "iter", "bool
 for _name in ("lt", "le", "gt", "ge", "eq", "ne"):
     setattr(Streams, f"__{_name}__", _forwarded(f"__{_name}__"))
 Streams.__hash__ = object.__hash__  # type: ignore[method-assign]
-Streams.__len__ = lambda self: len(self._like())  # type: ignore[attr-defined]
+Streams.__len__ = lambda self: len(self.like())  # type: ignore[attr-defined]
 Streams.__repr__ = lambda self: repr(self.value())  # type: ignore[method-assign,attr-defined]
 Streams.__format__ = lambda self, spec: format(self.value(), spec)  # type: ignore[method-assign,attr-defined]
 
