@@ -7,20 +7,24 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.installed
 ARGS ?=
 
-.PHONY: test test-all demo bench docs clean
+.PHONY: test test-all demo zoo bench docs clean
 
 test: $(READY)  ## The gate: formatting, lint, types, tests, documentation.
 	$(BIN)/python -m ruff format --check .
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m mypy
-	$(BIN)/python -m pytest $(ARGS)
-	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal $(ARGS)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 test-all: $(READY)  ## The tests with the slow ones, and many more random cases.
 	HYPOTHESIS_PROFILE=thorough $(BIN)/python -m pytest --slow $(ARGS)
 
 demo: $(READY)  ## Trains a ResNet and its conversion on real digits; results in demo-output/.
 	$(BIN)/revify demo $(ARGS)
+
+zoo: $(READY)  ## What converts of torchvision, timm and transformers; writes docs/coverage.md (ARGS="--only REGEX": a few).
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[zoo]'
+	$(BIN)/python -m zoo $(ARGS)
 
 bench: $(READY)  ## Time and memory of a step, by each engine; writes docs/benchmarks.md (ARGS=--quick: a try).
 	$(BIN)/python -m benchmarks $(ARGS)

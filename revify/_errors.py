@@ -22,11 +22,12 @@ class NotConvertibleError(RevifyError):
 
 
 class UnitError(RevifyError):
-    """A residual addition that cannot run as a reversible update. ``unit`` is its name."""
+    """A residual addition that cannot run as a reversible update. ``unit`` is its name, ``code`` the
+    short word of the `Refusal`."""
 
-    def __init__(self, message: str, unit: str) -> None:
+    def __init__(self, message: str, unit: str, code: str) -> None:
         super().__init__(message)
-        self.unit = unit
+        self.unit, self.code = unit, code
 
 
 class ReconstructionError(RevifyError):

@@ -486,19 +486,26 @@ def test_lazy_caches(block: Any, convert: Any) -> None:
 
 
 class Counter(Block):
-    calls = 0
+    calls = 0  # of the class: the first call makes an attribute
 
     def forward(self, x: Tensor) -> Tensor:
         self.calls += 1
         return x + self.f(x)
 
 
-def test_counters(convert: Any) -> None:
+class OwnCounter(Counter):
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = 0
+
+
+@pytest.mark.parametrize("counter", [Counter, OwnCounter])
+def test_counters(counter: type[nn.Module], convert: Any) -> None:
     def run(m: Any, x: Tensor) -> Tensor:
         m.calls += 1
         return Net.run(m, x)
 
-    model = net(run, Counter, 3)
+    model = net(run, counter, 3)
     model.calls = 0
     model.blocks.append(AuxiliaryInBranch().double())
     model.blocks.append(Block().double())

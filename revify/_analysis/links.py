@@ -17,7 +17,8 @@ from torch import fx, nn
 
 from revify._analysis.model import Block, Blocks
 from revify._analysis.operations import Operations
-from revify._analysis.trace import Trace, Untraceable, call_key, trace
+from revify._analysis.trace import call_key, trace
+from revify._analysis.traced import Trace, Untraceable
 from revify._analysis.units import Unit
 from revify._arguments import described
 

@@ -23,8 +23,10 @@ from torch import fx, nn
 from revify._analysis.example import Example
 from revify._analysis.operations import Operations
 from revify._analysis.report import Refusal
-from revify._analysis.trace import Trace, Untraceable, call_key, input_names, module_path, trace
+from revify._analysis.trace import call_key, input_names, trace
+from revify._analysis.traced import Trace, Untraceable, module_path
 from revify._analysis.units import Unit, UnitFinder
+from revify._analysis.watching import ASSIGNS
 
 
 @dataclass(frozen=True)
@@ -179,13 +181,27 @@ class Analyser:
             key, names = call_key(forward.__get__(module))
         else:
             key, names = call.key, input_names(call.key, forward.__get__(module))
-        traced = trace(module, key, names, self._inlined(module), example, forward=forward)
+        traced = self._settled(module, key, names, example, forward)
         if any(n.op == "call_method" and n.target == "__call__" for n in traced.graph.nodes):
             raise Untraceable("callable", _CALLABLE)
         ops = Operations(traced.graph, module, self.graph)
         finder = UnitFinder(ops)
         units = finder.units()
         return Analysed(traced, ops, tuple(units), tuple(unit.total.name for unit in units)), finder.refusals
+
+    def _settled(
+        self, module: nn.Module, key: Any, names: Sequence[str], example: Example | None, forward: Any
+    ) -> Trace:
+        """A trace whose forward assigns to attributes what they hold already: a table's size may be set at the first
+        call, but what changes at every call is no constant."""
+        for _ in range(2):
+            traced = trace(module, key, names, self._inlined(module), example, forward=forward)
+            changed = [place for place, value in traced.writes.items() if traced.reads.get(place, value) != value]
+            if not changed:
+                return traced
+            for (path, name), value in traced.writes.items():
+                setattr(module.get_submodule(path) if path else module, name, value)
+        raise Untraceable("assigns", ASSIGNS.format(name=f"the attribute {changed[0][1]!r}"))
 
     def graph(self, module: nn.Module) -> fx.Graph | None:
         """The graph of a module's own forward, as far as it can be had without an example."""

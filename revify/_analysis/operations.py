@@ -199,8 +199,11 @@ class Operations:
         )
 
     def is_identity(self, node: fx.Node) -> bool:
-        if self.name(node) in ("mul", "truediv", "div") and len(node.args) == 2 and isinstance(node.args[0], fx.Node):
-            return type(node.args[1]) in (int, float) and bool(node.args[1] == 1)
+        if self.name(node) in ("mul", "truediv", "div") and len(node.args) == 2:
+            value, factor = node.args if isinstance(node.args[0], fx.Node) else node.args[::-1]
+            if self.name(node) != "mul" and factor is node.args[0]:
+                return False
+            return isinstance(value, fx.Node) and type(factor) in (int, float) and bool(factor == 1)
         return type(self.module(node)) is nn.Identity
 
     def is_activation(self, node: fx.Node) -> bool:

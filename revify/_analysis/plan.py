@@ -15,7 +15,7 @@ from revify._analysis.model import Analyser, Block, Blocks
 from revify._analysis.operations import Operations
 from revify._analysis.report import Refusal
 from revify._analysis.stem import Stem, find_stem
-from revify._analysis.trace import Trace, Untraceable
+from revify._analysis.traced import Trace, Untraceable
 from revify._analysis.widening import NotWidenable, Widening, widen_entry, widen_exit
 
 

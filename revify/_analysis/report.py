@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from revify._engine.budget import Choice
 from revify._table import table
 
 
@@ -50,7 +49,7 @@ class ChainReport:
     units: tuple[UnitReport, ...]
     entry: str
     exit: str
-    choice: Choice | None = None
+    choice: Any = None
 
 
 @dataclass(frozen=True)

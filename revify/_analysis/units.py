@@ -164,8 +164,8 @@ class UnitFinder:
         return tuple(flat), tuple(sorted(sums, key=self.order.__getitem__))
 
     def _through_identity(self, node: fx.Node) -> fx.Node:
-        while self.ops.is_identity(node) and isinstance(node.args[0], fx.Node):
-            node = node.args[0]
+        while self.ops.is_identity(node):
+            (node,) = self.ops.data_inputs(node)
         return node
 
     def _identity_unit(
@@ -182,9 +182,9 @@ class UnitFinder:
     def _identities(self, node: fx.Node, z: fx.Node) -> list[fx.Node]:
         """The nn.Identity calls between z and a skip's end."""
         found: list[fx.Node] = []
-        while node is not z and self.ops.is_identity(node) and isinstance(node.args[0], fx.Node):
+        while node is not z and self.ops.is_identity(node):
             found.append(node)
-            node = node.args[0]
+            (node,) = self.ops.data_inputs(node)
         return found if node is z else []
 
     def _transition_unit(

@@ -16,7 +16,7 @@ from torch import Tensor, fx, nn
 
 from revify._analysis.links import Chain, Links
 from revify._analysis.operations import Operations
-from revify._analysis.trace import Trace, module_path
+from revify._analysis.traced import Trace, module_path
 
 
 @dataclass(frozen=True)

@@ -151,7 +151,7 @@ def _analyse(model: nn.Module, example_inputs: Any, *, entry: str, exit: str, ti
                 plan = replace(plan, handing_on=frozenset(block.path for block in plan.blocks))
             break
         failed.append(refusal(outcome))
-        if not found.drop(outcome.failed[0]):
+        if not found.drop(outcome.failed.unit):
             break
     refusals = (*found.refusals, *failed, *plan.refusals)
     name = type(model).__name__

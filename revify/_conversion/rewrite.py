@@ -17,7 +17,7 @@ from torch import fx
 
 from revify._analysis.operations import Operations
 from revify._analysis.stem import Stem
-from revify._analysis.trace import Context, Trace
+from revify._analysis.traced import Context, Trace
 from revify._analysis.units import Unit
 from revify._calls import Constant, under, under_method
 from revify._conversion.blocks import BlockUnit, StemUnit, Variant

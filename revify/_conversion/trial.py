@@ -31,7 +31,7 @@ class Outcome:
     to its end. ``failed`` is the unit that could not run, and why. ``always``: whether other steps go the same way."""
 
     runs: tuple[tuple[str, ...], ...] | None
-    failed: tuple[str, str] | None
+    failed: UnitError | None
     always: bool
 
 
@@ -58,7 +58,7 @@ def _trial(plan: Plan, root: nn.Module, example_inputs: Any) -> Outcome:
             with mode_of(model), torch.enable_grad():
                 model(*args, **kwargs)
         except UnitError as error:
-            return Outcome(None, (error.unit, str(error)), not drew())
+            return Outcome(None, error, not drew())
         except Exception:  # values are needed somewhere: the first step will tell
             return Outcome(None, None, not drew())
         always = not drew()
@@ -97,5 +97,4 @@ def as_observed(plan: Plan, outcome: Outcome) -> Plan:
 
 def refusal(outcome: Outcome) -> Refusal:
     assert outcome.failed is not None
-    name, message = outcome.failed
-    return Refusal(name, "shape", message)
+    return Refusal(outcome.failed.unit, outcome.failed.code, str(outcome.failed))

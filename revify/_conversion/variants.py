@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from revify._analysis.model import Analyser, Call
-from revify._analysis.trace import Untraceable
+from revify._analysis.traced import Untraceable
 from revify._conversion.blocks import Variant, plain_class
 from revify._conversion.rewrite import rewrite
 from revify._engine.chain import BLOCK

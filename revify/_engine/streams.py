@@ -64,12 +64,14 @@ class Streams:
     def __post_init__(self) -> None:
         self._value: Tensor | None = None
         x = self._shared.state.x
-        self._x1, self._x2 = x[1] if self._x1 is None else self._x1, x[2] if self._x2 is None else self._x2
+        given = {1: self._x1, 2: self._x2}
+        self._replaced = {i: v for i, v in given.items() if v is not None and v is not x[i]}
+        self._x1, self._x2 = (self._replaced.get(i, x[i]) for i in (1, 2))
 
     def take(self) -> tuple[State, tuple[Function, ...]]:
         """The state to go on from, and the activations that its readers apply."""
         state = self._shared.take()
-        for i, x in ((1, self._x1), (2, self._x2)):
+        for i, x in self._replaced.items():
             if x.dtype == state.x[i].dtype:  # a cast one has lost digits, without which nothing can be reconstructed
                 state.x[i] = x
         for name, args, kwargs in self._views:
@@ -106,9 +108,9 @@ class Streams:
     def like(self) -> Tensor:
         """A tensor with the shape, dtype and device of the value."""
         state = self._shared.state
-        if state.waiting is not None or state.run.axis is not None:
+        if state.run.axis is not None:
             return self.value()
-        x = state.x[1]
+        x = state.x[1]  # has been through a projection that still waits for stream 2
         if x.dtype != state.run.coupling.inside or x.requires_grad:
             x = x.detach()
         x = state.run.coupling.read(x) if x.dtype != state.run.coupling.inside else x

@@ -284,8 +284,8 @@ def fitting(name: str, p: Tensor, a: object) -> Tensor:
     )
 
 
-def _unit_error(name: str, message: str) -> UnitError:
-    return UnitError(f"{name}: {message}", name.rpartition(", at ")[2])
+def _unit_error(name: str, message: str, code: str = "shape") -> UnitError:
+    return UnitError(f"{name}: {message}", name.rpartition(", at ")[2], code)
 
 
 def version_of(x: Tensor) -> int:
@@ -299,6 +299,7 @@ def check_not_overwritten(name: str, x: Tensor, version: int) -> None:
             name,
             "the branch overwrites its input, which the other stream still needs. Use the out-of-place form "
             "(inplace=False) of its first operation.",
+            "in-place",
         )
 
 

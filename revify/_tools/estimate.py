@@ -23,8 +23,8 @@ from torch._subclasses.fake_tensor import (
 )
 from torch.utils._pytree import tree_leaves
 
+from revify._analysis.blame import place
 from revify._analysis.observe import check_fit
-from revify._analysis.trace import place
 from revify._arguments import arguments
 from revify._conversion.convert import check_plain, convert
 from revify._engine.chain import settings_of

@@ -27,7 +27,8 @@ class ResNet(nn.Module):
         bottleneck: units of 1x1, 3x3 and 1x1 convolutions, and projections, instead of two 3x3 convolutions, and
             average pooling with zero channels.
         stem: ``"cifar"``, a 3x3 convolution, or ``"imagenet"``, 7x7 with stride 2 and max-pooling.
-        norm_eps, norm_momentum: constants of every batch norm (the paper trains CIFAR with 1e-3 and 0.01).
+        norm_eps: a constant of every batch norm (the paper trains CIFAR with 1e-3).
+        norm_momentum: another one (the paper trains CIFAR with 0.01).
     """
 
     def __init__(
