@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from revify._refusals import REASONS
+
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 BLOCK = re.compile(r"^( *)```python\b[^\n]*\n(.*?)^\1```\s*?$", re.MULTILINE | re.DOTALL)
@@ -38,3 +40,10 @@ def test_a_wrong_block_fails() -> None:
     with pytest.raises(AssertionError) as failure:
         exec(compile(source, "page.md", "exec"))
     assert failure.traceback[-1].lineno == 3  # counted from 0: the block's line in the page
+
+
+def test_every_reason_of_a_refusal_has_its_line_and_anchor() -> None:
+    page = (ROOT / "docs" / "refusals.md").read_text()
+    for code, reason in REASONS.items():
+        assert re.search(rf"^\|[^|]*`{code}`[^|]*\|.*\| *{reason.when} *\|?", page, re.MULTILINE), code
+        assert f"{{#{code}}}" in page or f'id="{code}"' in page, code

@@ -787,10 +787,12 @@ IN_PLACE: dict[str, tuple[Callable[[Any], Any], Callable[[Tensor], Tensor]]] = {
 }
 
 
+@pytest.mark.parametrize("traceable", [True, False])
 @pytest.mark.parametrize("name", PATTERNS)
-def test_pattern(name: str, convert: Any) -> None:
+def test_pattern(name: str, traceable: bool, convert: Any) -> None:
+    """Also where which block goes on from which shows no earlier than when they run."""
     run, oracle = PATTERNS[name]
-    model = net(run)
+    model = net(run if traceable else lambda m, x: run(m, x) if random.random() < 2 else x)
     assert_like(convert(model), model, lambda m, x: m.head(oracle(m, m.stem(x))))
 
 

@@ -8,6 +8,7 @@ import functools
 import inspect
 import io
 import pickle
+import random
 from collections import OrderedDict, namedtuple
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -380,6 +381,7 @@ def saved(y: Any) -> io.BytesIO:
     return file
 
 
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad:UserWarning")  # without gradients
 @pytest.mark.parametrize("grad", [True, False])
 @pytest.mark.parametrize("name", USES)
 def test_what_a_block_returns_is_used_as_a_tensor(name: str, grad: bool) -> None:
@@ -399,6 +401,37 @@ def test_what_a_block_returns_is_used_as_a_tensor(name: str, grad: bool) -> None
         square(result).backward()
         square(expected).backward()
         assert_same_gradients(converted.blocks[1], model.blocks[1])
+
+
+BETWEEN: dict[str, Callable[[Any, Tensor], Any]] = {
+    "function": lambda m, x: Doubled.apply(x),
+    "module": lambda m, x: m.middle(x),
+    "checkpoint": lambda m, x: torch.utils.checkpoint.checkpoint(m.middle, x, use_reentrant=False),
+    "reentrant": lambda m, x: torch.utils.checkpoint.checkpoint(m.middle, x, use_reentrant=True),
+    "question": lambda m, x: m.middle(x) if isinstance(x, Tensor) and torch.is_tensor(x) else x,
+    "list": lambda m, x: torch.cat(sorted([x[:1], x[1:]], key=len), 0),
+}
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad:UserWarning")  # without gradients
+@pytest.mark.parametrize("name", BETWEEN)
+@pytest.mark.parametrize("traceable", [True, False])
+def test_what_stands_between_blocks(name: str, traceable: bool, convert: Any) -> None:
+    """No gradient is lost on the way, also where the code that calls the blocks cannot be read."""
+
+    def run(m: Any, x: Tensor) -> Tensor:
+        x = m.blocks[1](m.blocks[0](x))
+        if traceable or random.random() < 2:
+            x = BETWEEN[name](m, x)
+        return m.blocks[3](m.blocks[2](x))
+
+    def by_hand(m: Any, x: Tensor) -> Tensor:
+        x = BETWEEN[name](m, mean_of_streams(m.stem(x), units(m, 0, 1)))
+        return m.head(mean_of_streams(x, units(m, 2, 3)))
+
+    model = net(run)
+    model.middle = nn.Linear(WIDTH, WIDTH).double()
+    assert_like(convert(model), model, by_hand)
 
 
 def test_a_block_that_is_replaced(convert: Any) -> None:

@@ -66,13 +66,10 @@ def _named(code: Any, module: nn.Module, scope: dict[str, Any]) -> OpaqueCall | 
     return None
 
 
-def reason(error: Exception) -> str:
-    """What failed, on which line of the user's code, and what to do."""
-    message = str(error).split("\n")[0]
-    return (
-        f"its forward cannot be traced: {type(error).__name__}: {message}{place(error)}. Give example_inputs where it "
-        "asks for shapes; where control flow depends on the values of tensors, move it into a submodule of its own."
-    )
+def described(error: Exception) -> str:
+    """What failed, and on which line of the user's code."""
+    message = str(error).split("\n")[0].rstrip(".")
+    return f"{type(error).__name__}: {message}{place(error)}"
 
 
 def place(error: BaseException) -> str:

@@ -22,11 +22,10 @@ from torch import fx, nn
 
 from revify._analysis.example import Example
 from revify._analysis.operations import Operations
-from revify._analysis.report import Refusal
 from revify._analysis.trace import call_key, input_names, trace
 from revify._analysis.traced import Trace, Untraceable, module_path
 from revify._analysis.units import Unit, UnitFinder
-from revify._analysis.watching import ASSIGNS
+from revify._refusals import Refusal
 
 
 @dataclass(frozen=True)
@@ -175,7 +174,7 @@ class Analyser:
         where the module has been converted already."""
         forward = (cls or type(module)).forward
         if "forward" in vars(module):
-            raise Untraceable("instance-forward", _INSTANCE_FORWARD)
+            raise Untraceable("instance-forward")
         example = None if call is None else Example(call.inputs)
         if call is None:
             key, names = call_key(forward.__get__(module))
@@ -183,7 +182,7 @@ class Analyser:
             key, names = call.key, input_names(call.key, forward.__get__(module))
         traced = self._settled(module, key, names, example, forward)
         if any(n.op == "call_method" and n.target == "__call__" for n in traced.graph.nodes):
-            raise Untraceable("callable", _CALLABLE)
+            raise Untraceable("callable")
         ops = Operations(traced.graph, module, self.graph)
         finder = UnitFinder(ops)
         units = finder.units()
@@ -201,7 +200,7 @@ class Analyser:
                 return traced
             for (path, name), value in traced.writes.items():
                 setattr(module.get_submodule(path) if path else module, name, value)
-        raise Untraceable("assigns", ASSIGNS.format(name=f"the attribute {changed[0][1]!r}"))
+        raise Untraceable("assigns", name=f"the attribute {changed[0][1]!r}")
 
     def graph(self, module: nn.Module) -> fx.Graph | None:
         """The graph of a module's own forward, as far as it can be had without an example."""
@@ -296,14 +295,6 @@ class Analyser:
         found.blocks[block.path] = block
 
 
-_INSTANCE_FORWARD = (
-    "its forward is set on the instance (by accelerate's prepare or a patch, for instance), and would go past the "
-    "converted one. Convert the model first, and prepare it then."
-)
-_CALLABLE = (
-    "it calls a function that it is given as an argument, whose parameters nobody lists: they would get no gradient. "
-    "Make what the function computes a submodule of the block."
-)
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
 _OF_TORCH = (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
 

@@ -13,10 +13,10 @@ from torch import fx, nn
 from revify._analysis.links import Chain, Links
 from revify._analysis.model import Analyser, Block, Blocks
 from revify._analysis.operations import Operations
-from revify._analysis.report import Refusal
 from revify._analysis.stem import Stem, find_stem
 from revify._analysis.traced import Trace, Untraceable
 from revify._analysis.widening import NotWidenable, Widening, widen_entry, widen_exit
+from revify._refusals import Refusal, reason
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ def make_plan(root: nn.Module, found: Blocks, links: Links, *, entry: str, exit:
         last = chain.segments[-1]
         where = ".".join(filter(None, (last.block.where(last.units[-1]), last.block.name(last.units[-1]))))
         if _weight(chain) <= _WORTHLESS:
-            refusals.append(Refusal(where, "saves-nothing", _SAVES_NOTHING))
+            refusals.append(Refusal(where, "saves-nothing", reason("saves-nothing")))
             continue
         try:
             if (entry == "widen" or exit == "concat") and links.graph is None:
@@ -78,7 +78,7 @@ def make_plan(root: nn.Module, found: Blocks, links: Links, *, entry: str, exit:
             widened_entry = widen_entry(chain, root, links, calls) if entry == "widen" else None
             widened_exit = widen_exit(chain, root, links, calls) if exit == "concat" else None
         except NotWidenable as error:
-            refusals.append(Refusal(where, "not-widenable", _NOT_WIDENABLE.format(reason=error)))
+            refusals.append(Refusal(where, "not-widenable", reason("not-widenable", found=error)))
             continue
         plans.append(ChainPlan(f"chain {len(plans) + 1}", chain, widened_entry, widened_exit))
     kept = {(s.block.path, unit.total.name) for plan in plans for s in plan.chain.segments for unit in s.units}
@@ -87,16 +87,7 @@ def make_plan(root: nn.Module, found: Blocks, links: Links, *, entry: str, exit:
     return Plan(tuple(plans), blocks, links.handing_on, stem, tie_shortcuts, tuple(refusals))
 
 
-_NOT_WIDENABLE = (
-    'the ends of this chain cannot be widened: {reason}. Use entry="duplicate" and exit="mean", which need no wider '
-    "layers."
-)
-
-
 _WORTHLESS = 2  # tensors; a chain keeps its two streams
-_SAVES_NOTHING = (
-    "a chain of so little keeps more (two streams) than plain autograd does, so it is left as it is. Nothing to do."
-)
 
 
 def _weight(chain: Chain) -> int:

@@ -8,26 +8,8 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from revify._refusals import Refusal
 from revify._table import table
-
-
-@dataclass(frozen=True)
-class Refusal:
-    """Something that was not converted.
-
-    Attributes:
-        where: the dotted path of the module in which the addition happens, and the addition's name in the graph.
-        code: a short stable word: "post-norm", "ambiguous", "scaled-skip", "in-place", "escapes", "untraceable",
-            "mode-dependent", "no-additions", "not-widenable".
-        message: one sentence that says why, with the remedy.
-    """
-
-    where: str
-    code: str
-    message: str
-
-    def __str__(self) -> str:
-        return f"{self.where}: {self.message} [{self.code}]"
 
 
 @dataclass(frozen=True)

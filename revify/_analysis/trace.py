@@ -16,7 +16,7 @@ from typing import Any
 
 from torch import nn
 
-from revify._analysis.blame import OpaqueCall, reason, to_blame
+from revify._analysis.blame import OpaqueCall, described, to_blame
 from revify._analysis.example import Example
 from revify._analysis.traced import Trace, Untraceable
 from revify._analysis.tracer import Tracer
@@ -55,7 +55,7 @@ def trace(
             elif opaque and found is not None and found not in functions and len(functions) < _OPAQUE_AT_MOST:
                 functions.append(found)
             else:
-                raise Untraceable("untraceable", reason(error), error) from error
+                raise Untraceable("untraceable", error=described(error)) from error
 
 
 _OPAQUE_AT_MOST = 12

@@ -7,6 +7,8 @@ from typing import Any
 
 from torch import fx
 
+from revify._refusals import reason
+
 Attributes = dict[tuple[str, str], Any]  # (path of a module, name) -> value
 
 
@@ -30,11 +32,11 @@ class Trace:
 
 
 class Untraceable(Exception):
-    """``code`` and message are those of the refusal; ``error`` is what was raised, if anything was."""
+    """``code`` and message are those of the refusal."""
 
-    def __init__(self, code: str, message: str, error: Exception | None = None) -> None:
-        super().__init__(message)
-        self.code, self.error = code, error
+    def __init__(self, code: str, **found: object) -> None:
+        super().__init__(reason(code, **found))
+        self.code = code
 
 
 @dataclass(frozen=True)

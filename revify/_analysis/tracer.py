@@ -16,7 +16,7 @@ from revify._analysis.example import Example
 from revify._analysis.patching import autocast_noted, functions_opaque
 from revify._analysis.sizes import asked_sizes
 from revify._analysis.traced import Context, Trace, Untraceable
-from revify._analysis.watching import ASSIGNS, RANDOM, Kept, Notes, lengths, random_state, shorten, watched_class
+from revify._analysis.watching import Kept, Notes, lengths, random_state, shorten, watched_class
 from revify._arguments import put
 
 
@@ -94,11 +94,11 @@ class Tracer(fx.Tracer):
         finally:
             kept.restore()
         if state != random_state():
-            raise Untraceable("draws", RANDOM)
+            raise Untraceable("draws")
         if any(lengths(m) != held[id(m)] for m in watched):
             for m in watched:
                 shorten(m, held[id(m)])
-            raise Untraceable("assigns", ASSIGNS.format(name="a list that it holds"))
+            raise Untraceable("assigns", name="a list that it holds")
         self._constants(graph)
         return Trace(graph, self.key, notes.reads, notes.writes, asked_sizes(graph, self.example, self.asked))
 
@@ -111,7 +111,7 @@ class Tracer(fx.Tracer):
                 vars(self.module).pop(node.target, None) if node.target in vars(self.module) else node.meta["constant"]
             )
             if isinstance(value, Tensor) and value.requires_grad:
-                raise Untraceable("outside", _OUTSIDE)
+                raise Untraceable("outside")
             node.meta["constant"] = value
             for other in graph.nodes:
                 if other.op == "get_attr" and other.target == node.target:
@@ -179,12 +179,6 @@ class Tracer(fx.Tracer):
             self.evaluating = False
         self.asked.append(proxy.node)
         return value
-
-
-_OUTSIDE = (
-    "its forward uses a tensor that requires grad and is no parameter of it, so its gradient would be lost. Register "
-    "the tensor as a parameter, or hand it to forward as an argument."
-)
 
 
 def _uses_math(forward: Any) -> bool:

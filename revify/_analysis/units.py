@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from torch import fx
 
 from revify._analysis.operations import Operations
+from revify._refusals import reason
 
 
 @dataclass(frozen=True)
@@ -51,8 +52,8 @@ class Unit:
 
 
 class _Refused(Exception):
-    def __init__(self, code: str, message: str) -> None:
-        self.code, self.message = code, message
+    def __init__(self, code: str, **found: object) -> None:
+        self.code, self.message = code, reason(code, **found)
 
 
 class UnitFinder:
@@ -93,7 +94,7 @@ class UnitFinder:
                 self.refusals.append((node, refused.code, refused.message))
                 continue
             if unit is not None and any(n in covered and not self.ops.is_shape_read(n) for n in unit.nodes()):
-                self.refusals.append((node, "entangled", _ENTANGLED))
+                self.refusals.append((node, "entangled", reason("entangled")))
             elif unit is not None:
                 units += self._inner_where_better(unit)[::-1]
                 covered |= unit.nodes()
@@ -129,7 +130,7 @@ class UnitFinder:
                 if not all(dependent) and not self._goes_on(total, read_on):
                     continue  # the term that depends on no state is added to what the chain makes
                 if factor != 1.0:
-                    raise _Refused("scaled-skip", _SCALED.format(factor=f"{factor:g}"))
+                    raise _Refused("scaled-skip", factor=f"{factor:g}")
                 self._check_in_place(z, total, sums)
                 return self._identity_unit(z, total, others, sums)
         if len(terms) != 2:
@@ -199,10 +200,10 @@ class UnitFinder:
         region_a, region_b = self._region(z, [a]), self._region(z, [b])
         scaled = [r for r in (region_a, region_b) if r and self._is_scaling(r)]
         if scaled:
-            raise _Refused("scaled-skip", _SCALED.format(factor="a factor"))
+            raise _Refused("scaled-skip", factor="a factor")
         linear_a, linear_b = (all(map(self.ops.is_linear, region)) for region in (region_a, region_b))
         if linear_a == linear_b:
-            raise _Refused("ambiguous", _AMBIGUOUS[linear_a])
+            raise _Refused("ambiguous", found=_AMBIGUOUS[linear_a])
         if not linear_a:
             (a, factor_a, region_a), (b, factor_b, region_b) = (
                 (b, factor_b, region_b),
@@ -210,9 +211,9 @@ class UnitFinder:
             )
         outside = {n for node in region_a for n in node.all_input_nodes if n.op != "get_attr"} - {z, *region_a}
         if outside:
-            raise _Refused("ambiguous", _SKIP_READS.format(name=min(n.name for n in outside)))
+            raise _Refused("ambiguous", found=_SKIP_READS.format(name=min(n.name for n in outside)))
         if factor_a != 1.0:
-            raise _Refused("scaled-skip", _SCALED.format(factor=f"{factor_a:g}"))
+            raise _Refused("scaled-skip", factor=f"{factor_a:g}")
         self._check_in_place(z, total, sums)
         z, heads = self._heads(z, {*region_a, *region_b})
         return self._with_sides(Unit(z, heads, total, ((b, factor_b),), region_b, region_a, a, sums))
@@ -265,7 +266,7 @@ class UnitFinder:
     def _with_sides(self, unit: Unit) -> Unit:
         """With the values inside of the branch that are read outside of it too."""
         if not unit.branch:
-            raise _Refused("ambiguous", "the branch is empty.")
+            raise _Refused("ambiguous", found="the branch is empty")
         inside = unit.nodes()
         sides: list[fx.Node] = []
         for node in sorted(inside - {unit.total}, key=self.order.__getitem__):
@@ -273,7 +274,7 @@ class UnitFinder:
                 continue  # can be read again
             readers = [user for user in node.users if user not in inside and not self.is_droppable(user)]
             if readers and node not in unit.branch:
-                raise _Refused("escapes", _ESCAPES.format(name=node.name, reader=readers[0].name))
+                raise _Refused("escapes", name=node.name, reader=readers[0].name)
             if readers:
                 sides.append(node)
         return replace(unit, sides=tuple(sides))
@@ -287,11 +288,7 @@ class UnitFinder:
             if self.ops.writes(user) is not z:
                 continue
             if user not in sums or any(self.order[u] > self.order[user] for u in self.ops.data_users(z)):
-                raise _Refused(
-                    "in-place",
-                    f"{user.name} overwrites the unit's input {z.name}, which the skip reads too. Use the "
-                    "out-of-place form (inplace=False).",
-                )
+                raise _Refused("in-place", found=user.name)
 
     def _without_circles(self, units: list[Unit]) -> list[Unit]:
         """The units without those that need a value of another one's branch which needs a value of theirs."""
@@ -303,7 +300,7 @@ class UnitFinder:
             if circle is None:
                 return kept
             kept.remove(circle)
-            self.refusals.append((circle.total, "entangled", _ENTANGLED))
+            self.refusals.append((circle.total, "entangled", reason("entangled")))
 
     def _needed(self, unit: Unit, owner: dict[fx.Node, Unit]) -> set[fx.Node]:
         """The totals of the other units from which a unit's inputs come directly."""
@@ -347,15 +344,11 @@ class UnitFinder:
             refused |= set(normed)
         for unit in units:
             if unit.total in refused:
-                self.refusals.append((unit.total, "post-norm", _POST_NORM))
+                self.refusals.append((unit.total, "post-norm", reason("post-norm")))
         return [unit for unit in units if unit.total not in refused]
 
 
 _MAKE_TUPLES = {"chunk", "split", "unbind", "tensor_split", "meshgrid", "broadcast_tensors"}
-_POST_NORM = (
-    "a norm with parameters follows the addition, on the path that the next skip reads (post-norm), so the state "
-    "cannot be carried past it. Use the pre-norm form of the block (norm_first=True)."
-)
 
 
 def _reaches(start: fx.Node, end: fx.Node, needs: dict[fx.Node, set[fx.Node]]) -> bool:
@@ -370,25 +363,8 @@ def _reaches(start: fx.Node, end: fx.Node, needs: dict[fx.Node, set[fx.Node]]) -
     return False
 
 
-_ENTANGLED = (
-    "its branch and that of another addition need values of one another, so neither can be evaluated on its own. "
-    "Compute what both need outside of the residual blocks."
-)
-_ESCAPES = (
-    "the value {name} of the projection is also read by {reader}, so the projection cannot be evaluated on its own. "
-    "Compute that value outside of the residual block."
-)
-_SCALED = (
-    "the skip is scaled by {factor}: only a skip that is the identity or a projection can be inverted. "
-    "Move the scale into the branch."
-)
 _AMBIGUOUS = {
-    True: "both operands are linear in the input (projections), so neither is clearly the branch. Nothing to do if "
-    "this addition is no residual connection.",
-    False: "both operands contain nonlinearities, so neither is clearly the skip. Nothing to do if this addition is "
-    "no residual connection.",
+    True: "both operands are linear in the input (projections), so neither is clearly the branch",
+    False: "both operands contain nonlinearities, so neither is clearly the skip",
 }
-_SKIP_READS = (
-    "the projection also reads {name}, so it is no function of the unit's input alone. Compute that part outside of "
-    "the shortcut."
-)
+_SKIP_READS = "the projection also reads {name}, so it is no function of the unit's input alone"

@@ -31,20 +31,8 @@ class Notes:
         if name.startswith("_tensor_constant"):
             return
         if type(value) not in (*CONSTANTS, float) or name not in object.__getattribute__(module, "__dict__"):
-            raise Untraceable("assigns", ASSIGNS.format(name=f"the attribute {name!r}"))
+            raise Untraceable("assigns", name=f"the attribute {name!r}")
         self.writes[self.paths[id(module)], name] = value
-
-
-ASSIGNS = (
-    "its forward changes {name}, which would hold no value of the reversible pass, so it is left as "
-    "it is. Return the value instead, or compute it outside of the residual block."
-)
-
-
-RANDOM = (
-    "its forward draws from Python's or NumPy's random numbers, which a second evaluation cannot repeat, so it is left "
-    "as it is. Draw outside of the block, or with torch.rand."
-)
 
 
 def watched_class(cls: type[nn.Module], notes: Notes) -> type[nn.Module]:

@@ -15,13 +15,14 @@ from revify._analysis.links import find_links
 from revify._analysis.model import Analyser, Block
 from revify._analysis.observe import observe
 from revify._analysis.plan import Plan, little_saved, make_plan
-from revify._analysis.report import ChainReport, Refusal, Report, UnitReport
+from revify._analysis.report import ChainReport, Report, UnitReport
 from revify._conversion.apply import apply
 from revify._conversion.blocks import MODEL, Converted
 from revify._conversion.trial import as_observed, refusal, trial
 from revify._engine.budget import check_memory_budget
 from revify._engine.chain import check_coupling, check_exact, settings_of
 from revify._errors import NotConvertibleError, RevifyError
+from revify._refusals import Refusal, reason
 
 
 @dataclass(frozen=True)
@@ -47,12 +48,14 @@ def convert(
 
     The new model has copies of the same parameters under the same names, and computes a *different function* of
     them: each chain of residual additions runs in two streams (Gomez et al. 2017). Its training step keeps
-    activations that do not grow with the number of units.
+    activations that do not grow with the number of units. It is an instance of the model's class, with the same
+    modules; only the blocks' own forward is another.
 
     Args:
         model: a residual network.
-        example_inputs: a tensor, a tuple of positional inputs or a dict of keyword inputs; needed only where
-            forward has optional arguments, to say which of them are given.
+        example_inputs: a tensor, a tuple of positional inputs or a dict of keyword inputs, of which shapes and dtypes
+            matter. With them the calls of the blocks are seen, and tried, without values: needed where a block's
+            forward asks for shapes, and worth giving where the model's own code cannot be traced.
         coupling: the recurrence; ``"revnet"`` is the one there is.
         entry: how the two streams begin: ``"duplicate"`` (both are the chain's input) or ``"widen"`` (the layer that
             makes the input gets twice the output channels, and its output is split in halves by channel).
@@ -63,8 +66,8 @@ def convert(
         exact: whether the state runs on a grid, so that the backward pass reconstructs it bit for bit and checks
             that it did; see `ReversibleChain`.
         memory_budget: what the chains may keep of their activations, as a fraction (0 to 1) of what plain autograd
-            keeps or in bytes, together; None keeps the least. It is spent where it saves most time; `report` says how,
-            after the first training step.
+            keeps or in bytes, together; None keeps the least. The first training step of each input shape measures what
+            there is to keep; from the second on it is spent where it saves most time, and `report` says how.
         strict: refuse the whole model where any unit is refused.
 
     Raises:
@@ -156,7 +159,7 @@ def _analyse(model: nn.Module, example_inputs: Any, *, entry: str, exit: str, ti
     refusals = (*found.refusals, *failed, *plan.refusals)
     name = type(model).__name__
     if not plan.chains and not refusals:
-        refusals = (_no_additions(root, name),)
+        refusals = (Refusal(name, "no-additions", reason("no-additions")),)
     chains = tuple(_chain_report(chain) for chain in plan.chains)
     return _Analysis(
         root, plan, Report(name, chains, refusals, (*_notes(plan), *little_saved(root, plan.chains), *found.notes))
@@ -246,15 +249,6 @@ def _notes(plan: Plan) -> list[str]:
 def _moves_activation(block: Block) -> bool:
     ops = block.analysed[0].ops
     return any(ops.is_activation(user) for unit in block.units for user in ops.data_users(unit.total))
-
-
-def _no_additions(root: nn.Module, name: str) -> Refusal:
-    return Refusal(
-        name,
-        "no-additions",
-        "there is no residual addition z + f(z) in it, and nothing else can be inverted. Use a residual network, or "
-        "activation checkpointing for this one.",
-    )
 
 
 def _listing(head: str, refusals: tuple[Refusal, ...]) -> str:

@@ -17,12 +17,13 @@ from torch import nn
 from revify._analysis.links import Chain, Segment
 from revify._analysis.observe import hollow, mode_of, random_numbers_kept
 from revify._analysis.plan import ChainPlan, Plan
-from revify._analysis.report import Refusal, Report
+from revify._analysis.report import Report
 from revify._analysis.units import Unit
 from revify._arguments import arguments
 from revify._conversion.apply import apply
 from revify._conversion.blocks import MODEL
 from revify._errors import UnitError
+from revify._refusals import Refusal
 
 
 @dataclass(frozen=True)

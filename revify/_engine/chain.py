@@ -23,8 +23,8 @@ class ReversibleChain(nn.Module):
 
     In training its backward pass reconstructs the activations instead of storing them: what is kept between
     forward and backward is the final state, whatever the number of branches. Gradients, running statistics,
-    random numbers and autocast are those of the same computation run by plain autograd. In eval mode, under
-    `torch.no_grad` and inside `store_activations` it is that plain computation.
+    random numbers and autocast are those of the same computation run by plain autograd. Under `torch.no_grad` and
+    inside `store_activations` it is that plain computation.
 
     Args:
         branches: the residual branches f_1, f_2, ... as modules; each maps a tensor to one of the same shape.
@@ -36,7 +36,7 @@ class ReversibleChain(nn.Module):
             rounding errors; samples of the state are compared, and a warning says where they are large.
         memory_budget: what the chain may keep of its activations, as a fraction (0 to 1) of what plain autograd keeps
             or in bytes; None keeps the least. It is spent where it saves most time. The first step of each input
-            shape evaluates the branches once more, to measure what they keep.
+            shape evaluates the branches once more, to measure what they keep; from the second on it is spent.
 
     Raises:
         RevifyError: no branches, or one that is not a module; at run time, a branch that changes the shape.

@@ -11,7 +11,7 @@ model to be afterwards as if it had been evaluated once, the second evaluation
 4. draws the same random numbers and puts the generators back as they were;
 5. runs under the same autocast state. The cache of cast weights is off in both evaluations: a cast that was
    cached without a graph would cut the gradient of every later use of the weight;
-6. is spared what the first one has left it (`_statistics`, `_tape`).
+6. is spared what the first one has left it (`batch_statistics`, `kept_outputs`).
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ before it, and keeps nothing of it:
    inversion ``p = r - a`` and the vector-Jacobian product.
 4. An update with a skip module (a transition) cannot be inverted: it keeps p, and returns what it kept. Its q
    comes from the shadows like everybody's; r, which it has no use for, is not handed to it, so that nobody holds it.
-5. Where memory allows it, an update keeps the outputs of some of its branch's operations (`_tape`), which the second
+5. Where memory allows it, an update keeps the outputs of some of its branch's operations (`kept_outputs`), which the second
    evaluation then takes instead of computing them.
 
 So a chain keeps two tensors at its end and one for each stream at each transition, at any depth. No Python
@@ -34,6 +34,7 @@ from revify._arguments import snapshot
 from revify._engine.coupling import Coupling
 from revify._engine.evaluation import Evaluation
 from revify._errors import ReconstructionError, RevifyError, UnitError
+from revify._refusals import reason
 
 
 class Enter(torch.autograd.Function):
@@ -272,20 +273,16 @@ def shadow_of(x: Tensor) -> Tensor:
 def fitting(name: str, p: Tensor, a: object) -> Tensor:
     """What a branch returned, expanded to its stream's shape where it broadcasts."""
     if not isinstance(a, Tensor):
-        raise _unit_error(name, f"a branch must return one tensor of its stream's shape, got {type(a).__name__}.")
+        raise _unit_error(name, "shape", found=type(a).__name__, shape=tuple(p.shape))
     if a.shape == p.shape:
         return a
     if a.ndim <= p.ndim and all(n in (1, m) for n, m in zip(a.shape[::-1], p.shape[::-1])):  # noqa: B905
         return a.expand(p.shape)
-    raise _unit_error(
-        name,
-        f"the branch returned shape {tuple(a.shape)} for a stream of shape {tuple(p.shape)}. A reversible update needs "
-        "both alike: make the shapes match, or give convert the example_inputs, so that it leaves this addition alone.",
-    )
+    raise _unit_error(name, "shape", found=f"shape {tuple(a.shape)}", shape=tuple(p.shape))
 
 
-def _unit_error(name: str, message: str, code: str = "shape") -> UnitError:
-    return UnitError(f"{name}: {message}", name.rpartition(", at ")[2], code)
+def _unit_error(name: str, code: str, **found: object) -> UnitError:
+    return UnitError(f"{name}: {reason(code, **found)}", name.rpartition(", at ")[2], code)
 
 
 def version_of(x: Tensor) -> int:
@@ -295,12 +292,7 @@ def version_of(x: Tensor) -> int:
 
 def check_not_overwritten(name: str, x: Tensor, version: int) -> None:
     if version_of(x) != version:
-        raise _unit_error(
-            name,
-            "the branch overwrites its input, which the other stream still needs. Use the out-of-place form "
-            "(inplace=False) of its first operation.",
-            "in-place",
-        )
+        raise _unit_error(name, "in-place", found="the branch")
 
 
 _OPEN = (

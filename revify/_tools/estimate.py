@@ -2,7 +2,7 @@
 
 The step runs on fake tensors: every operation computes shapes, strides and dtypes, and nothing else. So the storages
 that it makes and releases are those of the real step, in the same order, and are followed in the same way
-(`_memory`); a model of any size takes seconds. The engine is the one that trains.
+(`_measure`); a model of any size takes seconds. The engine is the one that trains.
 """
 
 from __future__ import annotations

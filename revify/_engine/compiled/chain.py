@@ -1,13 +1,13 @@
 """A reversible chain for `torch.compile`: traced whole, forward and backward, with memory that is still flat in depth.
 
-The computation is that of `_function`, whose means (stand-ins, generator states, sums in place) no compiler sees into:
+The computation is that of `..update`, whose means (stand-ins, generator states, sums in place) no compiler sees into:
 
 1. A branch is evaluated in the open, under `torch.no_grad`, and its result is handed to the autograd function. There
    Dynamo lets it advance running statistics, once, as in any model; inside an autograd function it does not.
 2. The backward pass evaluates it again by `torch.func.vjp`, the one derivative that Dynamo traces inside of a
    backward. Parameters are arguments of the differentiated function and stand in for the modules' own; so do copies
    of the buffers, since functorch refuses in-place changes of tensors from outside.
-3. Random numbers come from `_draws`, so that both evaluations draw the same ones.
+3. Random numbers come from `random`, so that both evaluations draw the same ones.
 4. The reconstruction depends on no incoming gradient, so the compiler could move it into the forward pass, find there
    what it is about to recompute, and store that. An opaque operator, `after`, makes it depend on one: it returns a
    negative zero, which changes no bit of what it is added to.

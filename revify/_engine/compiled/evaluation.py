@@ -1,4 +1,4 @@
-"""A second evaluation of a branch for `torch.compile`: `_replay`, by means that the compiler sees into (`_compiled`,
+"""A second evaluation of a branch for `torch.compile`: `..evaluation`, by means that the compiler sees into (`chain`,
 notes 1 to 3)."""
 
 from __future__ import annotations
