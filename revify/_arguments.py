@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import types
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -25,8 +26,11 @@ def flattened(tree: Any) -> tuple[list[Any], Rebuild]:
 
 def _shape(tree: Any, leaves: list[Any]) -> Any:
     kind = type(tree)
-    if kind is dict:
-        return kind, tuple(tree), [_shape(v, leaves) for v in tree.values()]
+    if isinstance(tree, dict):
+        return tree, tuple(tree), [_shape(v, leaves) for v in tree.values()]
+    if dataclasses.is_dataclass(tree) and not isinstance(tree, type) and not hasattr(kind, "stands_for_a_tensor"):
+        names = tuple(field.name for field in dataclasses.fields(tree))
+        return tree, names, [_shape(getattr(tree, name, None), leaves) for name in names]
     if kind in (tuple, list) or (issubclass(kind, tuple) and hasattr(kind, "_fields")):
         return kind, None, [_shape(v, leaves) for v in tree]
     leaves.append(tree)
@@ -38,9 +42,15 @@ def _rebuilt(shape: Any, values: Any) -> Any:
         return next(values)
     kind, keys, parts = shape
     built = [_rebuilt(part, values) for part in parts]
-    if kind is dict:
-        return dict(zip(keys, built, strict=True))
-    return kind(built) if kind in (tuple, list) else kind(*built)
+    if keys is None:
+        return kind(built) if kind in (tuple, list) else kind(*built)
+    made = copy.copy(kind)
+    for key, value in zip(keys, built, strict=True):
+        if isinstance(made, dict):
+            made[key] = value
+        else:
+            object.__setattr__(made, key, value)
+    return made
 
 
 def mapped(function: Callable[[Any], Any], tree: Any) -> Any:
@@ -103,6 +113,24 @@ def arguments(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
         "example_inputs must be a tensor, a tuple of positional inputs or a dict of keyword inputs, "
         f"got {type(example_inputs).__name__}."
     )
+
+
+MISSING = "a missing attribute"
+
+
+def frozen(x: Any) -> tuple[Any] | None:
+    """What decisions may depend on in an attribute: a constant, or the constants in a list, a dictionary or an object
+    such as a configuration, as a 1-tuple; None for what is no such thing."""
+    if type(x) in (*CONSTANTS, float):
+        return (x,)
+    if isinstance(x, (Tensor, torch.nn.Module, *_UNCHANGED)) or callable(x):
+        return None
+    if isinstance(x, (list, tuple)):
+        return (("items", *(v for v in x if type(v) in (*CONSTANTS, float))),)
+    held = x if isinstance(x, dict) else getattr(x, "__dict__", None)
+    if not isinstance(held, dict):
+        return None
+    return (("entries", *((str(k), v) for k, v in held.items() if type(v) in (*CONSTANTS, float))),)
 
 
 def snapshot(x: Any) -> Any:

@@ -22,6 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import revify
 from revify import ReversibleChain
+from revify._engine.chain import settings_of
 from tests.sync_norms import NormOverProcesses, lend_kernels_to_sync_batch_norm
 
 DDP = {
@@ -30,7 +31,7 @@ DDP = {
     "static-graph": {"static_graph": True},
     "bucket-view": {"gradient_as_bucket_view": True},
 }
-FSDP = ("fsdp", "fsdp-mixed-precision", "fsdp-offload")
+FSDP = ("fsdp", "fsdp-mixed-precision", "fsdp-offload", "fsdp-blocks", "fsdp-blocks-mixed-precision")
 SYNC = {
     "sync-batch-norm": nn.SyncBatchNorm,
     "sync-batch-norm-autocast": nn.SyncBatchNorm,
@@ -87,12 +88,15 @@ def main(case: str, rank: int, file: str) -> None:
 
 
 def wrapped_models(case: str, rank: int) -> None:
-    model = ByHand() if case in FSDP else revify.convert(Net())
+    by_hand = case in FSDP and "blocks" not in case
+    model = ByHand() if by_hand else revify.convert(Net(), exact=case in FSDP)
     single = copy.deepcopy(model)
     # Rounded weights give other gradients than whole ones, so the same is compared, sharded alike, stored.
-    if case == "fsdp-mixed-precision":
+    mixed = case.endswith("mixed-precision") and case in FSDP
+    if mixed:
         sharded(single, case)
-        single.chain.settings.stores_activations = True  # type: ignore[union-attr]
+        for settings in settings_of(single):
+            settings.stores_activations = True
     x = torch.randn(8, 3, 6, 6)
     if case in FSDP:
         sharded(model, case)
@@ -102,10 +106,10 @@ def wrapped_models(case: str, rank: int) -> None:
     for step in range(3):  # static_graph learns in the first step
         half = (x + step).chunk(2)[rank]
         run(half).square().mean().backward()
-        single(half if case == "fsdp-mixed-precision" else x + step).square().mean().backward()
+        single(half if mixed else x + step).square().mean().backward()
         for (name, p), q in zip(model.named_parameters(), single.parameters(), strict=True):
             found, expected = whole(p.grad), whole(q.grad)
-            if case == "fsdp-mixed-precision":
+            if mixed:
                 assert torch.equal(found, expected), name
             close(found, expected, name)
         model.zero_grad()
@@ -155,12 +159,12 @@ def whole(gradient: Tensor | None) -> Tensor:
 
 def sharded(model: nn.Module, case: str) -> None:
     options: dict[str, object] = {"mesh": dist.device_mesh.init_device_mesh("cpu", (2,))}
-    if case == "fsdp-mixed-precision":
+    if case.endswith("mixed-precision"):
         options["mp_policy"] = MixedPrecisionPolicy(torch.bfloat16, torch.float32)
     if case == "fsdp-offload":
         options["offload_policy"] = CPUOffloadPolicy(pin_memory=False)
-    for step in model.chain.steps:  # type: ignore[union-attr]
-        fully_shard(step, **options)
+    for part in model.blocks if "blocks" in case else model.chain.steps:  # type: ignore[union-attr]
+        fully_shard(part, **options)
     fully_shard(model, **options)
 
 

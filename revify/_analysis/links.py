@@ -9,6 +9,7 @@ Requires: `Blocks` of a model. Leaves: `Chain`s.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -49,11 +50,12 @@ class Chain:
 class Links:
     """``graph`` is that of the whole model, the blocks being single calls, or of the model's own units where it is
     itself a block; None where it could not be traced. ``handing_on`` are the blocks from whose result another one may
-    go on."""
+    go on; ``assumed`` pairs of blocks that follow one another in a container, where nothing more could be seen."""
 
     chains: tuple[Chain, ...]
     graph: Trace | None
     handing_on: frozenset[str]
+    assumed: tuple[tuple[str, str], ...] = ()
 
 
 def find_links(model: nn.Module, found: Blocks) -> Links:
@@ -72,7 +74,7 @@ def _of_root(segments: dict[str, list[Segment]]) -> Links:
     chains = tuple(Chain((s,), s.units[0].z, s.units[-1].total) for s in own)
     others = _siblings({path: held for path, held in segments.items() if path})
     trace = own[0].block.analysed[0].trace
-    return Links((*chains, *others.chains), trace, others.handing_on)
+    return Links((*chains, *others.chains), trace, others.handing_on, others.assumed)
 
 
 def segments_of(block: Block) -> list[Segment]:
@@ -183,7 +185,7 @@ def _read(model: nn.Module, graph: Trace, segments: dict[str, list[Segment]]) ->
     rest = {path: held for path, held in segments.items() if path not in called}
     others = _siblings(rest)
     made = tuple(Chain(tuple(c), entry_of.get(id(c)), end_of.get(id(c))) for c in chains)
-    return Links((*made, *others.chains), graph, frozenset(handing_on) | others.handing_on)
+    return Links((*made, *others.chains), graph, frozenset(handing_on) | others.handing_on, others.assumed)
 
 
 def _made_by(ops: Operations, node: fx.Node) -> tuple[fx.Node, tuple[int, ...]]:
@@ -203,6 +205,7 @@ def _siblings(segments: dict[str, list[Segment]]) -> Links:
     chains: list[list[Segment]] = []
     last: tuple[str, Segment, list[Segment]] | None = None
     handing_on: set[str] = set()
+    assumed: list[tuple[str, str]] = []
     for path, held in segments.items():
         parent = _container(path)
         for segment in held:
@@ -210,11 +213,17 @@ def _siblings(segments: dict[str, list[Segment]]) -> Links:
                 chain = last[2]
                 chain.append(segment)
                 handing_on.add(last[1].block.path)
+                assumed.append((last[1].block.path, path))
             else:
                 chain = [segment]
                 chains.append(chain)
             last = (parent, segment, chain)
-    return Links(tuple(Chain(tuple(c)) for c in chains), None, frozenset(handing_on))
+    return Links(tuple(Chain(tuple(c)) for c in chains), None, frozenset(handing_on), tuple(assumed))
+
+
+def sibling_pairs(paths: Sequence[str]) -> tuple[tuple[str, str], ...]:
+    """Blocks that follow one another in a container."""
+    return tuple((a, b) for a, b in itertools.pairwise(paths) if _container(a) == _container(b))
 
 
 def _container(path: str) -> str:

@@ -193,13 +193,18 @@ class Analyser:
     ) -> Trace:
         """A trace whose forward assigns to attributes what they hold already: a table's size may be set at the first
         call, but what changes at every call is no constant."""
+        before: list[tuple[nn.Module, str, Any]] = []
         for _ in range(2):
             traced = trace(module, key, names, self._inlined(module), example, forward=forward)
             changed = [place for place, value in traced.writes.items() if traced.reads.get(place, value) != value]
             if not changed:
                 return traced
             for (path, name), value in traced.writes.items():
-                setattr(module.get_submodule(path) if path else module, name, value)
+                owner = module.get_submodule(path) if path else module
+                before.append((owner, name, getattr(owner, name)))
+                setattr(owner, name, value)
+        for owner, name, value in reversed(before):
+            setattr(owner, name, value)
         raise Untraceable("assigns", name=f"the attribute {changed[0][1]!r}")
 
     def graph(self, module: nn.Module) -> fx.Graph | None:

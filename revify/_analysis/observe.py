@@ -7,6 +7,7 @@ import copy
 import inspect
 import random
 import sys
+from collections import OrderedDict
 from collections.abc import Iterator
 from typing import Any
 
@@ -72,12 +73,21 @@ def _run(model: nn.Module, args: Any, kwargs: Any) -> dict[str, Call]:
 
         return hook
 
+    without_hooks(model)
     for path, module in model.named_modules():
         if not isinstance(module, torch.jit.ScriptModule):
             module.register_forward_pre_hook(note(path), with_kwargs=True, prepend=True)
     with torch.no_grad(), mode_of(model):
         model(*args, **kwargs)
     return calls
+
+
+def without_hooks(model: nn.Module) -> None:
+    """Takes the user's hooks from a copy that is only tried."""
+    for module in model.modules():
+        if not isinstance(module, torch.jit.ScriptModule):
+            for name in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"):
+                vars(module)[name] = OrderedDict()
 
 
 def mode_of(model: nn.Module) -> Any:

@@ -51,12 +51,13 @@ class StemPlan:
 
 @dataclass(frozen=True)
 class Plan:
-    """``handing_on``: the blocks from whose result another one may go on. ``refusals`` are of chains that are left
-    alone."""
+    """``handing_on``: the blocks from whose result another one may go on; ``assumed``: pairs of blocks of which that is
+    taken for granted. ``refusals`` are of chains that are left alone."""
 
     chains: tuple[ChainPlan, ...]
     blocks: tuple[Block, ...]
     handing_on: frozenset[str]
+    assumed: tuple[tuple[str, str], ...]
     stem: StemPlan | None
     tie_shortcuts: bool
     refusals: tuple[Refusal, ...]
@@ -84,7 +85,7 @@ def make_plan(root: nn.Module, found: Blocks, links: Links, *, entry: str, exit:
     kept = {(s.block.path, unit.total.name) for plan in plans for s in plan.chain.segments for unit in s.units}
     blocks = tuple(b for block in found.blocks.values() if (b := block.only(kept)) is not None)
     stem = _stem(root, blocks) if blocks else None
-    return Plan(tuple(plans), blocks, links.handing_on, stem, tie_shortcuts, tuple(refusals))
+    return Plan(tuple(plans), blocks, links.handing_on, links.assumed, stem, tie_shortcuts, tuple(refusals))
 
 
 _WORTHLESS = 2  # tensors; a chain keeps its two streams

@@ -79,9 +79,8 @@ class Tracer(fx.Tracer):
 
     def result(self) -> Trace:
         module = self.module
-        watched = [module, *(m for m in module.modules() if m in self.inlined and m is not module)]
-        watched = [m for m in watched if not isinstance(m, torch.jit.ScriptModule)]
-        paths = {id(m): path for path, m in module.named_modules() if any(m is w for w in watched)}
+        watched = [m for m in module.modules() if not isinstance(m, torch.jit.ScriptModule)]
+        paths = {id(m): path for path, m in module.named_modules()}
         notes = Notes(paths)
         kept = Kept(module)
         held = {id(m): lengths(m) for m in watched}

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from revify._analysis.traced import Attributes, Untraceable
-from revify._arguments import CONSTANTS
+from revify._arguments import CONSTANTS, MISSING, frozen
 
 
 @dataclass
@@ -22,10 +22,15 @@ class Notes:
     writes: Attributes = field(default_factory=dict)
 
     def read(self, module: nn.Module, name: str, value: Any) -> None:
-        if type(value) in (*CONSTANTS, float) and name in object.__getattribute__(module, "__dict__"):
+        known = frozen(value)
+        if known is not None and not name.startswith("_"):
             place = self.paths[id(module)], name
             if place not in self.writes:
-                self.reads.setdefault(place, value)
+                self.reads.setdefault(place, known[0])
+
+    def missed(self, module: nn.Module, name: str) -> None:
+        if not name.startswith("_"):
+            self.reads.setdefault((self.paths[id(module)], name), MISSING)
 
     def write(self, module: nn.Module, name: str, value: Any) -> None:
         if name.startswith("_tensor_constant"):
@@ -47,7 +52,15 @@ def watched_class(cls: type[nn.Module], notes: Notes) -> type[nn.Module]:
         notes.write(self, name, value)
         super(made, self).__setattr__(name, value)
 
-    members = {"__getattribute__": __getattribute__, "__setattr__": __setattr__, "__module__": cls.__module__}
+    def __getattr__(self: Any, name: str) -> Any:
+        try:
+            return super(made, self).__getattr__(name)
+        except AttributeError:
+            notes.missed(self, name)
+            raise
+
+    members = {"__getattribute__": __getattribute__, "__setattr__": __setattr__, "__getattr__": __getattr__}
+    members["__module__"] = cls.__module__  # type: ignore[assignment]
     made: Any = type(cls.__name__, (cls,), members)
     return made  # type: ignore[no-any-return]
 

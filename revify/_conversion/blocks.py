@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
-from revify._arguments import described
+from revify._arguments import MISSING, described, flattened, frozen
 from revify._engine.chain import BLOCK
 from revify._engine.region import Code, Function, Region
 from revify._engine.state import Settings, State, recomputed
@@ -37,6 +37,8 @@ class BlockUnit:
         skip: Function | None = None if self.skip is None else self.skip.of(block)
         skip2 = skip if self.skip is None or code.second is None else self.skip.of(getattr(block, code.second))
         heads: Sequence[Function] = () if self.heads is None else (self.heads.of(block),)
+        if type(z) is Streams and (written := z.overwritten()) is not None:
+            z = written
         if type(z) is Streams:
             state, moved = z.take()
             heads = (*moved, *heads)
@@ -80,8 +82,11 @@ class Variant:
             return False
         for path, name, value in self.reads:
             owner = block.get_submodule(path) if path else block
-            found = getattr(owner, name, _MISSING)
-            if found != value or type(found) is not type(value):
+            found = getattr(owner, name, MISSING)
+            if type(value) is tuple and torch.compiler.is_compiling():
+                continue  # what a configuration holds is taken as it was
+            known = frozen(found)
+            if known is None or known[0] != value or type(known[0]) is not type(value):
                 return False
         for i, shape in self.shapes:
             found = inputs[i].shape
@@ -95,7 +100,6 @@ class Variant:
         return self.code.function(block, block, self.parts, *inputs)
 
 
-_MISSING = object()
 _VARIANTS_AT_MOST = 64
 
 Compile = Callable[[nn.Module, Any, Sequence[Any]], Variant | None]
@@ -120,6 +124,7 @@ class BlockCode:
         path: of the block in the model.
         starts: what is known of the chains that begin here, by the name of their first unit.
         ends: whether nobody goes on from the streams that it returns.
+        follows: the block whose streams it is taken to go on from, where that could not be seen.
         second: the child with stream 2's own projections, where they are not shared.
     """
 
@@ -128,10 +133,23 @@ class BlockCode:
         self.variants = list(variants)
         self.starts: dict[str, Start] = {}
         self.ends = False
+        self.follows: str | None = None
         self.second: str | None = None
 
     def begin(self, block: nn.Module, unit: str, z: Any) -> State:
         """The state at the start of a chain."""
+        if isinstance(z, fx.Proxy):
+            raise RevifyError(
+                f"{self.path or type(block).__name__}: a converted model cannot be traced by torch.fx: trace the model "
+                "that it was made from, or use hooks."
+            )
+        before = self.settings.handed.pop(self.follows, None) if self.follows is not None else None
+        if before is not None and not (before.taken or before.read) and torch.is_grad_enabled():
+            raise RevifyError(
+                f"{self.path}: the result of {self.follows} came here as a plain tensor, through code that does not "
+                "see the streams in it (an autograd.Function, for instance), so its gradient would be lost. Give "
+                "convert the example_inputs, so that it sees what lies between the two."
+            )
         if not isinstance(z, Tensor):
             raise RevifyError(
                 f"{self.path or type(block).__name__}: the block's input must be a tensor, got {type(z).__name__}."
@@ -149,9 +167,14 @@ class BlockCode:
         if variant is None:
             variant = self._traced(block, key, inputs)
         if variant is None:
-            return _own_forward(block)(*merged(args), **merged(kwargs))
+            return _own_forward(block)(*args, **kwargs)
         result = variant.run(block, inputs)
-        return merged(result) if self.ends else result
+        if self.ends or _watched(block):
+            return merged(result)
+        for x in flattened(result)[0]:
+            if type(x) is Streams:
+                self.settings.handed[self.path] = x._shared.seen
+        return result
 
     def _traced(self, block: nn.Module, key: Any, inputs: Sequence[Any]) -> Variant | None:
         if self.compile is None:
@@ -186,6 +209,15 @@ class ReversibleBlock:
         cls: Any = type(self)
         state = self.__getstate__() if hasattr(self, "__getstate__") else self.__dict__
         return _empty, (cls._revify_plain, *cls._revify_kind), state
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if _watched(self):  # hooks on gradients are for tensors
+            args, kwargs = merged(args), merged(kwargs)
+        return super().__call__(*args, **kwargs)  # type: ignore[misc]
+
+
+def _watched(block: Any) -> bool:
+    return bool(block._backward_hooks or block._backward_pre_hooks)
 
 
 class ReversibleModel:

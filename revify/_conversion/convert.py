@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from revify._analysis.links import find_links
 from revify._analysis.model import Analyser, Block
-from revify._analysis.observe import observe
+from revify._analysis.observe import observe, random_numbers_kept
 from revify._analysis.plan import Plan, little_saved, make_plan
 from revify._analysis.report import ChainReport, Report, UnitReport
 from revify._conversion.apply import apply
@@ -138,7 +138,11 @@ def _analyse(model: nn.Module, example_inputs: Any, *, entry: str, exit: str, ti
     if not isinstance(model, nn.Module):
         raise RevifyError(f"model must be a torch.nn.Module, got {type(model).__name__}.")
     check_plain(model)
-    root = _copy(model)
+    with random_numbers_kept():
+        return _analysed(_copy(model), example_inputs, entry=entry, exit=exit, tie_shortcuts=tie_shortcuts)
+
+
+def _analysed(root: nn.Module, example_inputs: Any, *, entry: str, exit: str, tie_shortcuts: bool) -> _Analysis:
     calls = {} if example_inputs is None else observe(root, example_inputs)
     found = Analyser(calls).blocks(root)
     failed: list[Refusal] = []
@@ -148,16 +152,13 @@ def _analyse(model: nn.Module, example_inputs: Any, *, entry: str, exit: str, ti
             break
         outcome = trial(plan, root, example_inputs)
         if outcome.failed is None:
-            if outcome.runs is not None and outcome.always:
-                plan = as_observed(plan, outcome)
-            else:  # which block goes on from which is known when they run
-                plan = replace(plan, handing_on=frozenset(block.path for block in plan.blocks))
+            plan = plan if outcome.runs is None else as_observed(plan, outcome)
             break
         failed.append(refusal(outcome))
         if not found.drop(outcome.failed.unit):
             break
     refusals = (*found.refusals, *failed, *plan.refusals)
-    name = type(model).__name__
+    name = type(root).__name__
     if not plan.chains and not refusals:
         refusals = (Refusal(name, "no-additions", reason("no-additions")),)
     chains = tuple(_chain_report(chain) for chain in plan.chains)
@@ -183,7 +184,13 @@ def _copy(model: nn.Module) -> nn.Module:
 
 def _bound_anew(function: Any, memo: dict[int, Any]) -> Any:
     """A local function that was made over modules of the original, over their copies."""
-    cells = tuple(types.CellType(memo.get(id(cell.cell_contents), cell.cell_contents)) for cell in function.__closure__)
+
+    def anew(value: Any) -> Any:
+        if isinstance(value, types.MethodType):
+            return types.MethodType(value.__func__, memo.get(id(value.__self__), value.__self__))
+        return memo.get(id(value), value)
+
+    cells = tuple(types.CellType(anew(cell.cell_contents)) for cell in function.__closure__)
     made = types.FunctionType(function.__code__, function.__globals__, function.__name__, function.__defaults__, cells)
     made.__kwdefaults__ = function.__kwdefaults__
     return made

@@ -120,7 +120,7 @@ class _Rewriting:
             return self.graph.call_function(activated, (part, self.block, self._copy(source)))
         if node.op == "get_attr":
             return self._attribute(node)
-        views = self.ops.is_shape_read(node) or self.ops.is_view(node)
+        views = self.ops.is_shape_read(node) or self.ops.is_view(node) or isinstance(node.target, type)
         read = self._copy if views else self._value
         return _emit(self.graph, node, read, str(node.target))
 

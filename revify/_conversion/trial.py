@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from revify._analysis.links import Chain, Segment
-from revify._analysis.observe import hollow, mode_of, random_numbers_kept
+from revify._analysis.links import Chain, Segment, sibling_pairs
+from revify._analysis.observe import hollow, mode_of, random_numbers_kept, without_hooks
 from revify._analysis.plan import ChainPlan, Plan
 from revify._analysis.report import Report
 from revify._analysis.units import Unit
@@ -55,6 +55,7 @@ def _trial(plan: Plan, root: nn.Module, example_inputs: Any) -> Outcome:
             model = apply(plan, model, Report("", (), (), ()), False, None)
             settings = model.__dict__[MODEL].settings
             settings.log = log
+            without_hooks(model)
             model.train()
             with mode_of(model), torch.enable_grad():
                 model(*args, **kwargs)
@@ -92,8 +93,11 @@ def as_observed(plan: Plan, outcome: Outcome) -> Plan:
         if not any(s.block.full_name(unit) in seen for s in chain.segments for unit in s.units):
             chains.append(chain)
             handing_on |= {s.block.path for s in chain.segments}
+    if not outcome.always:  # in other steps other blocks are called, so any may go on from any
+        pairs = sibling_pairs([block.path for block in plan.blocks])
+        return replace(plan, handing_on=frozenset(block.path for block in plan.blocks), assumed=pairs)
     planned = tuple(ChainPlan(f"chain {i + 1}", chain, None, None) for i, chain in enumerate(chains))
-    return replace(plan, chains=planned, handing_on=frozenset(handing_on))
+    return replace(plan, chains=planned, handing_on=frozenset(handing_on), assumed=())
 
 
 def refusal(outcome: Outcome) -> Refusal:

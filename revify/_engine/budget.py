@@ -3,8 +3,8 @@
 For each update there are three ways, from the flat one up:
 
 1. *invert*: nothing is kept; the branch is evaluated again in the backward pass;
-2. *keep outputs* of some dear operations (`kept_outputs`): the second evaluation computes what lies between them. Where the
-   branch's last output is among them, the inversion costs a subtraction;
+2. *keep outputs* of some dear operations (`kept_outputs`): the second evaluation computes what lies between them.
+   Where the branch's last output is among them, the inversion costs a subtraction;
 3. *store*: plain autograd, without a second evaluation. The updates that are stored are the last ones of the chain,
    nearest the loss: what they keep is freed first, and the state need not be reconstructed across them.
 

@@ -20,6 +20,7 @@ import dis
 import functools
 import inspect
 import threading
+import types
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
@@ -28,7 +29,7 @@ from weakref import WeakSet
 import torch
 from torch import Tensor, nn
 
-from revify._arguments import flattened
+from revify._arguments import flattened, snapshot
 from revify._engine import batch_statistics, kept_outputs
 from revify._engine.batch_statistics import WORTHWHILE, Statistics
 from revify._engine.kept_outputs import Tape
@@ -147,7 +148,21 @@ class Evaluation:
             for name, value in vars(self.modules[i]).items()
             if isinstance(value, Tensor) and value.is_floating_point() and held.get(name) is not value
         ]
+        if self._assigned:
+            self._assigned = self._with_gradients(inputs)
         return output
+
+    def _with_gradients(self, inputs: Sequence[Any]) -> list[tuple[int, str]]:
+        """Those of the assigned attributes that carry a gradient; a table that is made once, for instance, does not."""
+        tensors = [w.detach().requires_grad_(w.requires_grad) for w in self.tensors]
+        given = [
+            x.detach().requires_grad_(x.is_floating_point()) if isinstance(x, Tensor) else snapshot(x) for x in inputs
+        ]
+        with torch.enable_grad():
+            self.again(tensors, *given)
+        found = [(i, n) for i, n in self._assigned if getattr(vars(self._stand_ins[i]).get(n), "requires_grad", False)]
+        self._stand_ins = {}
+        return found
 
     def split(self, result: Any) -> tuple[Any, list[Tensor]]:
         """The first value that the function returned, and the tensors among the others."""
@@ -231,6 +246,8 @@ class Evaluation:
         stand_in: nn.Module = object.__new__(type(module))
         stand_in.__dict__.update(module.__dict__)
         stand_in.__dict__["training"] = training = self.training[position]
+        if "forward" in module.__dict__:  # set on the instance
+            stand_in.__dict__["forward"] = _rebound(module.__dict__["forward"], module, stand_in)
         slots = self._slots[position]
         live = module._parameters
         if any(live.get(name) is not tensors[index] for name, index in slots.items()):
@@ -250,6 +267,16 @@ class Evaluation:
             name: (kept[name][1] if name in kept else buffer).clone() if buffer is not None else None
             for name, buffer in module._buffers.items()
         }
+
+
+def _rebound(function: Any, module: nn.Module, stand_in: nn.Module) -> Any:
+    """A method that is bound to a module, or a partial call of one with it, for its stand-in."""
+    if isinstance(function, types.MethodType) and function.__self__ is module:
+        return types.MethodType(function.__func__, stand_in)
+    if isinstance(function, functools.partial):
+        args = (stand_in if x is module else x for x in function.args)
+        return functools.partial(_rebound(function.func, module, stand_in), *args, **function.keywords)
+    return function
 
 
 @contextmanager

@@ -40,6 +40,7 @@ class Settings:
     def __init__(self, exact: bool, budget: Budget | None = None) -> None:
         self.exact, self.budget = exact, budget
         self.stores_activations = False
+        self.handed: dict[str, Any] = {}  # the last state that a block has handed on, by the block's path
         self.log: list[tuple[Run, str]] | None = None  # of the updates, where somebody asks
         self.planners: dict[str, Planner] = {}
 
@@ -199,6 +200,7 @@ class State:
         where = f"{self.run.name}, at {name}"
         if not torch.is_grad_enabled():
             self.shadow = {}
+            self.x = {i: x.detach() for i, x in self.x.items()}
         if not torch.is_grad_enabled():
             turn = Turn(where, self.run.coupling, self.x[writes])
             sides = self._take(turn, writes, skip, f, context, through)
@@ -273,8 +275,10 @@ class State:
 
 
 def _transformed() -> bool:
-    """Whether a transform of `torch.func` is at work, which sees into no autograd function of this kind."""
-    return not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None
+    """Whether a transform of `torch.func`, or `torch.jit.trace`, is at work, which sees into no autograd function."""
+    if torch.compiler.is_compiling():
+        return False
+    return torch._C._functorch.peek_interpreter_stack() is not None or torch.jit.is_tracing()  # type: ignore[attr-defined]
 
 
 def recomputed(function: Function, x: Tensor, settings: Settings, *more: Tensor) -> Any:

@@ -23,25 +23,33 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from revify._arguments import mapped
+from revify._arguments import flattened, mapped
 from revify._bijections import BIJECTIONS
 from revify._engine.region import After, Function
 from revify._engine.state import State
+from revify._engine.update import version_of
 
 View = tuple[str, tuple[Any, ...], dict[str, Any]]  # a method of Tensor and its arguments
 
 
+class Seen:
+    """Whether a block has taken a state, and whether other code has read it where gradients flow."""
+
+    def __init__(self) -> None:
+        self.taken, self.read = False, False
+
+
 class Shared:
-    """A state, and whether a block has taken it."""
+    """A state, and what has become of it."""
 
     def __init__(self, state: State) -> None:
-        self.state, self.taken = state, False
+        self.state, self.seen = state, Seen()
 
     def take(self) -> State:
         copy = self.state.copy()
-        if not self.taken:
+        if not self.seen.taken:
             copy.shadow, copy.guarded, copy.tail = self.state.shadow, self.state.guarded, self.state.tail
-            self.state.shadow, self.state.tail, self.taken = {}, None, True
+            self.state.shadow, self.state.tail, self.seen.taken = {}, None, True
         return copy
 
 
@@ -58,15 +66,24 @@ class Streams:
     _views: tuple[View, ...] = ()
     _x1: Any = None
     _x2: Any = None
+    _base: Any = None  # the streams that these are a view of, or an activation of
 
     stands_for_a_tensor: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         self._value: Tensor | None = None
+        self._version = 0  # of the value, when it was made
         x = self._shared.state.x
         given = {1: self._x1, 2: self._x2}
         self._replaced = {i: v for i, v in given.items() if v is not None and v is not x[i]}
         self._x1, self._x2 = (self._replaced.get(i, x[i]) for i in (1, 2))
+
+    def overwritten(self) -> Tensor | None:
+        """The merged value, where somebody has written into it: then that is what the next block reads."""
+        if self._value is not None and version_of(self._value) != self._version:
+            return self._value
+        written = None if self._base is None else self._base.overwritten()
+        return None if written is None else self._of(written)
 
     def take(self) -> tuple[State, tuple[Function, ...]]:
         """The state to go on from, and the activations that its readers apply."""
@@ -82,41 +99,53 @@ class Streams:
     def value(self) -> Tensor:
         """The merged value."""
         grad = torch.is_grad_enabled()
-        if self._value is not None and (self._value.requires_grad or not grad):
+        if self._value is not None and (self._value.requires_grad or not grad or not self.requires_grad):
             return self._value
+        written = self.overwritten()
+        if written is not None:
+            return written
         state = self._shared.state
-        if grad and not self._shared.taken:
-            state.leave()
-        value = state.merged()
-        for name, args, kwargs in self._views:
-            value = getattr(value, name)(*args, **kwargs)
-        for head in self._heads:
-            value = head(value)
-        if grad:  # without, it has no graph, and must not be what a later reader gets
-            self._value = value
+        if self._base is not None:
+            value = self._of(self._base.value())
+        else:
+            if grad and not self._shared.seen.taken:
+                state.leave()
+            value = state.merged()
+        self._value, self._version = value, version_of(value)
+        if grad:
+            self._shared.seen.read = True
         return value
 
+    def _of(self, value: Tensor) -> Tensor:
+        """The value, given that of the streams that these are made of."""
+        if len(self._views) > len(self._base._views):
+            name, args, kwargs = self._views[-1]
+            viewed: Tensor = getattr(value, name)(*args, **kwargs)
+            return viewed
+        activated: Tensor = self._heads[-1](value)
+        return activated
+
     def activated(self, head: Function) -> Streams:
-        return Streams(self._shared, (*self._heads, head), self._views)
+        return Streams(self._shared, (*self._heads, head), self._views, _base=self)
 
     def viewed(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         state = self._shared.state
         if state.waiting is not None or state.run.axis is not None:
             return getattr(self.value(), name)(*args, **kwargs)
-        return Streams(self._shared, self._heads, (*self._views, (name, args, kwargs)))
+        return Streams(self._shared, self._heads, (*self._views, (name, args, kwargs)), _base=self)
 
     def like(self) -> Tensor:
         """A tensor with the shape, dtype and device of the value."""
         state = self._shared.state
         if state.run.axis is not None:
             return self.value()
-        x = state.x[1]  # has been through a projection that still waits for stream 2
-        if x.dtype != state.run.coupling.inside or x.requires_grad:
-            x = x.detach()
-        x = state.run.coupling.read(x) if x.dtype != state.run.coupling.inside else x
+        x = state.run.coupling.read(state.x[1].detach())  # a projection may wait for stream 2; stream 1 is through
         for name, args, kwargs in self._views:
             x = getattr(x, name)(*args, **kwargs)
         return x
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return self.value().detach().__reduce_ex__(protocol)
 
     def __getattr__(self, name: str) -> Any:
         if name in _FACTS:
@@ -135,7 +164,7 @@ class Streams:
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = getattr(func, "__name__", "")
-        if args and type(args[0]) is Streams and name in BIJECTIONS and not any(map(_holds_streams, args[1:])):
+        if args and type(args[0]) is Streams and name in BIJECTIONS and not _holds_streams(args[1:]):
             return args[0].viewed(name, tuple(args[1:]), kwargs or {})
         return func(*merged(args), **merged(kwargs or {}))
 
@@ -181,13 +210,13 @@ Streams.__format__ = lambda self, spec: format(self.value(), spec)  # type: igno
 
 def merged(tree: Any) -> Any:
     """The tree with merged values in the places of streams."""
-    return mapped(lambda x: x.value() if type(x) is Streams else x, tree)
+    if type(tree) is Streams:
+        return tree.value()
+    return mapped(lambda x: x.value() if type(x) is Streams else x, tree) if _holds_streams(tree) else tree
 
 
 def _holds_streams(tree: Any) -> bool:
-    found: list[bool] = []
-    mapped(lambda x: found.append(type(x) is Streams), tree)
-    return any(found)
+    return any(type(x) is Streams for x in flattened(tree)[0])
 
 
 def after_heads(heads: Sequence[Function], function: Function) -> Function:

@@ -12,8 +12,9 @@ before it, and keeps nothing of it:
    inversion ``p = r - a`` and the vector-Jacobian product.
 4. An update with a skip module (a transition) cannot be inverted: it keeps p, and returns what it kept. Its q
    comes from the shadows like everybody's; r, which it has no use for, is not handed to it, so that nobody holds it.
-5. Where memory allows it, an update keeps the outputs of some of its branch's operations (`kept_outputs`), which the second
-   evaluation then takes instead of computing them.
+5. Where memory allows it, an update keeps the outputs of some of its branch's operations (`kept_outputs`), which the
+   second evaluation then takes instead of computing them.
+6. What a branch returns besides its result, and other code reads, leaves the update as further outputs.
 
 So a chain keeps two tensors at its end and one for each stream at each transition, at any depth. No Python
 object is shared between updates, and the parameters' gradients leave each update as soon as they are known.
