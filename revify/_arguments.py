@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import types
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -131,6 +132,24 @@ def frozen(x: Any) -> tuple[Any] | None:
     if not isinstance(held, dict):
         return None
     return (("entries", *((str(k), v) for k, v in held.items() if type(v) in (*CONSTANTS, float))),)
+
+
+def rebound(function: Any, anew: Callable[[Any], Any], depth: int = 3) -> Any:
+    """A bound method, a partial call or a local function over other modules: ``anew`` gives the one for each."""
+    if isinstance(function, types.MethodType):
+        return types.MethodType(function.__func__, anew(function.__self__))
+    if isinstance(function, functools.partial):
+        args = (rebound(anew(x), anew, depth - 1) for x in function.args)
+        return functools.partial(rebound(function.func, anew, depth - 1), *args, **function.keywords)
+    if isinstance(function, types.FunctionType) and function.__closure__ and depth:
+        contents = [cell.cell_contents for cell in function.__closure__]
+        cells = tuple(types.CellType(rebound(anew(x), anew, depth - 1)) for x in contents)
+        made = types.FunctionType(
+            function.__code__, function.__globals__, function.__name__, function.__defaults__, cells
+        )
+        made.__kwdefaults__ = function.__kwdefaults__
+        return made
+    return function
 
 
 def snapshot(x: Any) -> Any:

@@ -46,6 +46,9 @@ REASONS = {reason.code: reason for reason in (
     Reason("draws", "do this",
         "its forward draws from Python's or NumPy's random numbers, which a second evaluation cannot repeat, so it is "
         "left as it is. Draw outside of the block, or with torch.rand."),
+    Reason("asks", "do this",
+        "its forward asks whether gradients, or autocast, are on, which may be another answer at every call, so it is "
+        "left as it is. Ask outside of the block."),
     Reason("outside", "do this",
         "its forward uses a tensor that requires grad and is no parameter of it, so its gradient would be lost. "
         "Register the tensor as a parameter, or hand it to forward as an argument."),

@@ -37,7 +37,7 @@ def to_blame(
         return None
     caller = frames[inside[-1]][0]
     owner = codes[caller.f_code]
-    callees = [frame for frame, _ in frames[inside[-1] + 1 :] if not _is_internal(frame.f_code.co_filename)]
+    callees = [frame for frame, _ in frames[inside[-1] + 1 :] if not is_internal(frame.f_code.co_filename)]
     for callee in callees:
         found = _named(callee.f_code, owner, caller.f_globals)
         if found is not None and found not in banned:
@@ -74,11 +74,11 @@ def described(error: Exception) -> str:
 
 def place(error: BaseException) -> str:
     """The line of the user's code that an error comes from, as `` at file:number, `line` ``."""
-    frames = [f for f in traceback.extract_tb(error.__traceback__) if not _is_internal(f.filename)]
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if not is_internal(f.filename)]
     return f" at {frames[-1].filename}:{frames[-1].lineno}, `{frames[-1].line}`" if frames else ""
 
 
-def _is_internal(filename: str) -> bool:
+def is_internal(filename: str) -> bool:
     return filename.startswith(_INTERNAL)
 
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import fx, nn
 
-from revify._analysis.blame import OpaqueCall
+from revify._analysis.blame import OpaqueCall, is_internal
+from revify._analysis.traced import Untraceable
 from revify._arguments import flattened
 from revify._calls import Applied, Opaque, call
 
@@ -19,6 +21,9 @@ def functions_opaque(tracer: Any, functions: Sequence[OpaqueCall]) -> Iterator[N
     """Functions that cannot be traced become single calls."""
     changed: list[tuple[Any, str, Any]] = []
     try:
+        for name in _QUESTIONS:
+            changed.append((torch, name, getattr(torch, name)))
+            setattr(torch, name, _question(getattr(torch, name)))
         for name in _FACTORIES:
             changed.append((torch, name, getattr(torch, name)))
             setattr(torch, name, _factory(tracer, getattr(torch, name)))
@@ -56,6 +61,20 @@ def _opaque_function(tracer: Any, function: Any, name: str) -> Any:
         return tracer.create_proxy("call_function", target, args, kwargs)
 
     return opaque
+
+
+_QUESTIONS = ("is_grad_enabled", "is_autocast_enabled", "is_inference_mode_enabled")
+
+
+def _question(function: Any) -> Any:
+    """What changes from call to call is no condition of a trace: a forward that asks for it is left alone."""
+
+    def question(*args: Any, **kwargs: Any) -> Any:
+        if is_internal(sys._getframe(1).f_code.co_filename):
+            return function(*args, **kwargs)
+        raise Untraceable("asks")
+
+    return question
 
 
 def _factory(tracer: Any, function: Any) -> Any:

@@ -169,7 +169,7 @@ class BlockCode:
         if variant is None:
             return _own_forward(block)(*args, **kwargs)
         result = variant.run(block, inputs)
-        if self.ends or _watched(block):
+        if self.ends:
             return merged(result)
         for x in flattened(result)[0]:
             if type(x) is Streams:
@@ -211,13 +211,12 @@ class ReversibleBlock:
         return _empty, (cls._revify_plain, *cls._revify_kind), state
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if _watched(self):  # hooks on gradients are for tensors
-            args, kwargs = merged(args), merged(kwargs)
+        if self._backward_hooks or self._backward_pre_hooks:  # type: ignore[attr-defined]
+            raise RevifyError(
+                f"{type(self).__name__}: hooks on the gradients of a reversible block have no tensor to hook, since "
+                "two streams go through it. Register them on a module inside of its branch."
+            )
         return super().__call__(*args, **kwargs)  # type: ignore[misc]
-
-
-def _watched(block: Any) -> bool:
-    return bool(block._backward_hooks or block._backward_pre_hooks)
 
 
 class ReversibleModel:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import inspect
-import types
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,6 +15,7 @@ from revify._analysis.model import Analyser, Block
 from revify._analysis.observe import observe, random_numbers_kept
 from revify._analysis.plan import Plan, little_saved, make_plan
 from revify._analysis.report import ChainReport, Report, UnitReport
+from revify._arguments import rebound
 from revify._conversion.apply import apply
 from revify._conversion.blocks import MODEL, Converted
 from revify._conversion.trial import as_observed, refusal, trial
@@ -178,21 +178,7 @@ def _copy(model: nn.Module) -> nn.Module:
     for module in made.modules():
         for name, value in vars(module).items():
             if inspect.isfunction(value) and value.__closure__:
-                vars(module)[name] = _bound_anew(value, memo)
-    return made
-
-
-def _bound_anew(function: Any, memo: dict[int, Any]) -> Any:
-    """A local function that was made over modules of the original, over their copies."""
-
-    def anew(value: Any) -> Any:
-        if isinstance(value, types.MethodType):
-            return types.MethodType(value.__func__, memo.get(id(value.__self__), value.__self__))
-        return memo.get(id(value), value)
-
-    cells = tuple(types.CellType(anew(cell.cell_contents)) for cell in function.__closure__)
-    made = types.FunctionType(function.__code__, function.__globals__, function.__name__, function.__defaults__, cells)
-    made.__kwdefaults__ = function.__kwdefaults__
+                vars(module)[name] = rebound(value, lambda x: memo.get(id(x), x))
     return made
 
 

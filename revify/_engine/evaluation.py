@@ -20,7 +20,6 @@ import dis
 import functools
 import inspect
 import threading
-import types
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
@@ -29,7 +28,7 @@ from weakref import WeakSet
 import torch
 from torch import Tensor, nn
 
-from revify._arguments import flattened, snapshot
+from revify._arguments import flattened, rebound, snapshot
 from revify._engine import batch_statistics, kept_outputs
 from revify._engine.batch_statistics import WORTHWHILE, Statistics
 from revify._engine.kept_outputs import Tape
@@ -247,7 +246,8 @@ class Evaluation:
         stand_in.__dict__.update(module.__dict__)
         stand_in.__dict__["training"] = training = self.training[position]
         if "forward" in module.__dict__:  # set on the instance
-            stand_in.__dict__["forward"] = _rebound(module.__dict__["forward"], module, stand_in)
+            forward = module.__dict__["forward"]
+            stand_in.__dict__["forward"] = rebound(forward, lambda x: stand_in if x is module else x)
         slots = self._slots[position]
         live = module._parameters
         if any(live.get(name) is not tensors[index] for name, index in slots.items()):
@@ -267,16 +267,6 @@ class Evaluation:
             name: (kept[name][1] if name in kept else buffer).clone() if buffer is not None else None
             for name, buffer in module._buffers.items()
         }
-
-
-def _rebound(function: Any, module: nn.Module, stand_in: nn.Module) -> Any:
-    """A method that is bound to a module, or a partial call of one with it, for its stand-in."""
-    if isinstance(function, types.MethodType) and function.__self__ is module:
-        return types.MethodType(function.__func__, stand_in)
-    if isinstance(function, functools.partial):
-        args = (stand_in if x is module else x for x in function.args)
-        return functools.partial(_rebound(function.func, module, stand_in), *args, **function.keywords)
-    return function
 
 
 @contextmanager
