@@ -222,6 +222,8 @@ class UnitFinder:
         """Whether a node may be a state: a tensor that is made of the module's inputs."""
         if node.op == "get_attr" or self.ops.name(node) in _MAKE_TUPLES:
             return False
+        if any(self.ops.name(user) == "getitem" and isinstance(user.args[1], int) for user in node.users):
+            return False  # a tuple
         return any(self.sources[node] >> self.order[n] & 1 for n in self.nodes if n.op == "placeholder")
 
     def _heads(self, z: fx.Node, readers: set[fx.Node]) -> tuple[fx.Node, tuple[fx.Node, ...]]:

@@ -19,7 +19,8 @@ from revify._engine.chain import BLOCK
 from revify._engine.region import Code, Function, Region
 from revify._engine.state import Settings, State, recomputed
 from revify._engine.streams import Shared, Streams, after_heads, merged
-from revify._errors import RevifyError
+from revify._errors import RevifyError, UnitError
+from revify._refusals import reason
 
 
 class BlockUnit:
@@ -151,9 +152,9 @@ class BlockCode:
                 "convert the example_inputs, so that it sees what lies between the two."
             )
         if not isinstance(z, Tensor):
-            raise RevifyError(
-                f"{self.path or type(block).__name__}: the block's input must be a tensor, got {type(z).__name__}."
-            )
+            name = _joined(self.path, unit)
+            message = reason("shape", found=f"a sum with {type(z).__name__}", shape="none")
+            raise UnitError(f"{name}: {message}", name, "shape")
         start = self.starts.get(unit) or Start(_joined(self.path, unit))
         if start.halves is None:
             x1 = x2 = z
