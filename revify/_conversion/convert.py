@@ -25,13 +25,6 @@ from revify._errors import NotConvertibleError, RevifyError
 from revify._refusals import Refusal, reason
 
 
-@dataclass(frozen=True)
-class _Options:
-    entry: str
-    exit: str
-    tie_shortcuts: bool
-
-
 def convert(
     model: nn.Module,
     example_inputs: Any = None,
