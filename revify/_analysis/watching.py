@@ -23,17 +23,18 @@ class Notes:
 
     def read(self, module: nn.Module, name: str, value: Any) -> None:
         known = frozen(value)
-        if known is not None and not name.startswith("_"):
-            place = self.paths[id(module)], name
+        path = self.paths.get(id(module))  # none of a copy on which values are looked up
+        if known is not None and path is not None and not name.startswith("_"):
+            place = path, name
             if place not in self.writes:
                 self.reads.setdefault(place, known[0])
 
     def missed(self, module: nn.Module, name: str) -> None:
-        if not name.startswith("_"):
+        if not name.startswith("_") and id(module) in self.paths:
             self.reads.setdefault((self.paths[id(module)], name), MISSING)
 
     def write(self, module: nn.Module, name: str, value: Any) -> None:
-        if name.startswith("_tensor_constant"):
+        if name.startswith("_tensor_constant") or id(module) not in self.paths:
             return
         if type(value) not in (*CONSTANTS, float) or name not in object.__getattribute__(module, "__dict__"):
             raise Untraceable("assigns", name=f"the attribute {name!r}")

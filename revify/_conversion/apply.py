@@ -34,6 +34,7 @@ def apply(plan: Plan, root: nn.Module, report: Report, exact: bool, memory_budge
             settings, block.path, compile_variant, [rewrite(a.trace, a.ops, a.units, a.names) for a in block.analysed]
         )
         code.ends = block.path not in plan.handing_on
+        code.is_followed = any(before == block.path for before, _ in plan.assumed)
         code.follows = next((before for before, path in plan.assumed if path == block.path), None)
         if not plan.tie_shortcuts and any(unit.skip for unit in block.units):
             code.second = _second_projections(block, module)

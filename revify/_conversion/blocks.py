@@ -125,7 +125,8 @@ class BlockCode:
         path: of the block in the model.
         starts: what is known of the chains that begin here, by the name of their first unit.
         ends: whether nobody goes on from the streams that it returns.
-        follows: the block whose streams it is taken to go on from, where that could not be seen.
+        follows: the block whose streams it is taken to go on from, where that could not be seen; ``is_followed``:
+            whether there is one that is taken to go on from its own.
         second: the child with stream 2's own projections, where they are not shared.
     """
 
@@ -135,6 +136,7 @@ class BlockCode:
         self.starts: dict[str, Start] = {}
         self.ends = False
         self.follows: str | None = None
+        self.is_followed = False
         self.second: str | None = None
 
     def begin(self, block: nn.Module, unit: str, z: Any) -> State:
@@ -144,7 +146,8 @@ class BlockCode:
                 f"{self.path or type(block).__name__}: a converted model cannot be traced by torch.fx: trace the model "
                 "that it was made from, or use hooks."
             )
-        before = self.settings.handed.pop(self.follows, None) if self.follows is not None else None
+        known = self.follows is not None and not torch.compiler.is_compiling()
+        before = self.settings.handed.pop(self.follows or "", None) if known else None
         if before is not None and not (before.taken or before.read) and torch.is_grad_enabled():
             raise RevifyError(
                 f"{self.path}: the result of {self.follows} came here as a plain tensor, through code that does not "
@@ -172,9 +175,10 @@ class BlockCode:
         result = variant.run(block, inputs)
         if self.ends:
             return merged(result)
-        for x in flattened(result)[0]:
-            if type(x) is Streams:
-                self.settings.handed[self.path] = x._shared.seen
+        if self.is_followed and not torch.compiler.is_compiling():
+            for x in flattened(result)[0]:
+                if type(x) is Streams:
+                    self.settings.handed[self.path] = x._shared.seen
         return result
 
     def _traced(self, block: nn.Module, key: Any, inputs: Sequence[Any]) -> Variant | None:
