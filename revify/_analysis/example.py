@@ -13,6 +13,7 @@ from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from revify._fake import hollow_copy
+from revify._paths import at
 
 
 class Example:
@@ -66,20 +67,13 @@ class Example:
         args = fx.map_arg(node.args, self._values.__getitem__)
         kwargs = fx.map_arg(node.kwargs, self._values.__getitem__)
         if node.op == "get_attr":
-            self._values[node] = _at(self._module, str(node.target))
+            self._values[node] = at(self._module, str(node.target))
         elif node.op == "call_module":
-            self._values[node] = _at(self._module, str(node.target))(*args, **kwargs)
+            self._values[node] = at(self._module, str(node.target))(*args, **kwargs)
         elif node.op == "call_method":
             self._values[node] = getattr(args[0], str(node.target))(*args[1:], **kwargs)
         else:
             self._values[node] = node.target(*args, **kwargs)  # type: ignore[operator]
-
-
-def _at(root: nn.Module, path: str) -> Any:
-    found: Any = root
-    for name in path.split(".") if path else ():
-        found = getattr(found, name)
-    return found
 
 
 def _device(module: nn.Module) -> torch.device:

@@ -124,10 +124,10 @@ def _places(value: object) -> list[tuple[tuple[int, ...], fx.Node]]:
 
 def _graph(model: nn.Module, found: Blocks) -> Trace | None:
     blocks = {id(block.module) for block in found.blocks.values()}
-    if "" in found.blocks or "forward" in vars(model):
+    if "forward" in vars(model):
         return None
 
-    def is_call(module: nn.Module, path: str) -> bool:
+    def is_call(module: nn.Module) -> bool:
         if id(module) in blocks or isinstance(module, (torch.jit.ScriptModule, fx.GraphModule)):
             return True
         return type(module).__module__.startswith("torch.nn") and not isinstance(module, _TRANSPARENT)
@@ -135,8 +135,8 @@ def _graph(model: nn.Module, found: Blocks) -> Trace | None:
     inlined: list[nn.Module] = []
 
     def visit(module: nn.Module) -> None:
-        for name, child in module.named_children():
-            if not is_call(child, name):
+        for child in module.children():
+            if not is_call(child):
                 inlined.append(child)
                 visit(child)
 
@@ -232,7 +232,3 @@ def _container(path: str) -> str:
     parts = path.split(".")
     numbers = [i for i, part in enumerate(parts) if part.isdigit()]
     return ".".join(parts[: numbers[0]]) if numbers else ".".join(parts[:-1])
-
-
-def chain_names(chains: Sequence[Chain]) -> list[str]:
-    return [f"chain {i + 1}" for i in range(len(chains))]

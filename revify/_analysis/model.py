@@ -25,6 +25,7 @@ from revify._analysis.operations import Operations
 from revify._analysis.trace import call_key, input_names, trace
 from revify._analysis.traced import Trace, Untraceable, module_path
 from revify._analysis.units import Unit, UnitFinder
+from revify._paths import joined
 from revify._refusals import Refusal
 
 
@@ -78,11 +79,11 @@ class Block:
 
     def full_name(self, unit: Unit) -> str:
         """As messages of the running model have it."""
-        return _joined(self.path, self.name(unit))
+        return joined(self.path, self.name(unit))
 
     def where(self, unit: Unit) -> str:
         """The path of the module in which the unit's addition stands."""
-        return _joined(self.path, module_path(unit.total))
+        return joined(self.path, module_path(unit.total))
 
 
 @dataclass
@@ -91,7 +92,6 @@ class Blocks:
     blocks: by path, in the order of the model's modules.
     refusals: additions that are not converted, and modules that could not be looked into.
     notes: what was swallowed by what.
-    additions: whether any module of the model adds two values.
     """
 
     blocks: dict[str, Block] = field(default_factory=dict)
@@ -140,12 +140,12 @@ class Analyser:
                     refusals.append((path, Refusal(path or type(model).__name__, error.code, str(error))))
                 continue
             for total, code, message in analysed[0][1]:
-                where = _joined(path, module_path(total), total.name)
+                where = joined(path, module_path(total), total.name)
                 refusals.append((path, Refusal(where, code, message)))
             block = Block(path, module, tuple(a for a, _ in analysed))
             if any(a.units for a, _ in analysed):
                 self._add(block, found)
-        inside = {_joined(b.path, call) for b in found.blocks.values() for call in b.calls()}
+        inside = {joined(b.path, call) for b in found.blocks.values() for call in b.calls()}
         for path, refusal in refusals:  # what a branch holds may stay whole
             if not any(path == call or path.startswith(f"{call}.") for call in inside):
                 found.refusals.append(refusal)
@@ -255,7 +255,7 @@ class Analyser:
         for unit in block.units:
             for node in unit.branch:
                 if node.op == "call_module":
-                    path = _joined(block.path, str(node.target))
+                    path = joined(block.path, str(node.target))
                     held = [b for p, b in found.blocks.items() if p == path or p.startswith(path + ".")]
                     if held:
                         inside.setdefault(unit.total.name, []).extend(held)
@@ -347,18 +347,12 @@ _ADDITIONS_BEFORE_3_11 = ("BINARY_ADD", "BINARY_SUBTRACT", "INPLACE_ADD", "INPLA
 
 
 def _children_first(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    entries = list(model.named_modules())
-
     def visit(path: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         for name, child in module.named_children():
-            yield from visit(_joined(path, name), child)
+            yield from visit(joined(path, name), child)
         yield path, module
 
-    return iter(list(visit("", model))) if entries else iter(())
-
-
-def _joined(*names: str) -> str:
-    return ".".join(filter(None, names))
+    return visit("", model)
 
 
 def _depends(node: fx.Node, on: fx.Node) -> bool:

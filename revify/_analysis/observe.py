@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from revify._analysis.model import Call
+from revify._analysis.watching import random_state
 from revify._arguments import arguments, described, mapped
 from revify._errors import RevifyError
 from revify._fake import hollow_copy, hollow_inputs
@@ -101,11 +102,10 @@ def random_numbers_kept() -> Iterator[Any]:
     """Puts all random states back; gives a function that says whether Python's or NumPy's numbers were drawn."""
     numpy = sys.modules.get("numpy")
     python, numpys = random.getstate(), None if numpy is None else numpy.random.get_state()
+    before = random_state()
 
     def drew() -> bool:
-        if random.getstate() != python:
-            return True
-        return numpy is not None and numpys is not None and numpy.random.get_state()[2] != numpys[2]
+        return bool(random_state() != before)
 
     try:
         with torch.random.fork_rng(devices=[]):

@@ -10,6 +10,7 @@ import torch
 from torch import fx, nn
 
 from revify._bijections import BIJECTIONS
+from revify._paths import at
 
 ACTIVATIONS: tuple[type[nn.Module], ...] = (
     nn.ReLU,
@@ -142,9 +143,7 @@ class Operations:
     def module(self, node: fx.Node) -> nn.Module | None:
         if node.op != "call_module":
             return None
-        found: nn.Module = self.root
-        for name in str(node.target).split("."):
-            found = getattr(found, name)
+        found: nn.Module = at(self.root, str(node.target))
         return found
 
     def name(self, node: fx.Node) -> str:

@@ -20,6 +20,7 @@ from revify._engine.region import Code, Function, Region
 from revify._engine.state import Settings, State, recomputed
 from revify._engine.streams import Shared, Streams, after_heads, merged
 from revify._errors import RevifyError, UnitError
+from revify._paths import joined
 from revify._refusals import reason
 
 
@@ -48,7 +49,7 @@ class BlockUnit:
                 z = head(z)
             state, heads = code.begin(block, self.name, z), ()
         context = tuple(merged(x) for x in context)
-        name = _joined(code.path, self.name)
+        name = joined(code.path, self.name)
         f = after_heads(heads, f)
         if skip is None or skip2 is None:
             sides = state.identity(name, f, context)
@@ -155,10 +156,10 @@ class BlockCode:
                 "convert the example_inputs, so that it sees what lies between the two."
             )
         if not isinstance(z, Tensor):
-            name = _joined(self.path, unit)
+            name = joined(self.path, unit)
             message = reason("shape", found=f"a sum with {type(z).__name__}", shape="none")
             raise UnitError(f"{name}: {message}", name, "shape")
-        start = self.starts.get(unit) or Start(_joined(self.path, unit))
+        start = self.starts.get(unit) or Start(joined(self.path, unit))
         if start.halves is None:
             x1 = x2 = z
         else:
@@ -229,10 +230,6 @@ class ReversibleModel:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return merged(super().__call__(*args, **kwargs))  # type: ignore[misc]
-
-
-def _joined(path: str, name: str) -> str:
-    return f"{path}.{name}" if path else name
 
 
 def _own_forward(block: nn.Module) -> Any:

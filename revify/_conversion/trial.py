@@ -73,6 +73,9 @@ def _trial(plan: Plan, root: nn.Module, example_inputs: Any) -> Outcome:
 def as_observed(plan: Plan, outcome: Outcome) -> Plan:
     """The plan with the chains that were seen."""
     assert outcome.runs is not None
+    if not outcome.always:  # in other steps other blocks are called, so any may go on from any
+        paths = [block.path for block in plan.blocks]
+        return replace(plan, handing_on=frozenset(paths), assumed=sibling_pairs(paths))
     names = {block.full_name(unit): (block, unit) for block in plan.blocks for unit in block.units}
     seen: set[str] = set()
     chains: list[Chain] = []
@@ -93,9 +96,6 @@ def as_observed(plan: Plan, outcome: Outcome) -> Plan:
         if not any(s.block.full_name(unit) in seen for s in chain.segments for unit in s.units):
             chains.append(chain)
             handing_on |= {s.block.path for s in chain.segments}
-    if not outcome.always:  # in other steps other blocks are called, so any may go on from any
-        pairs = sibling_pairs([block.path for block in plan.blocks])
-        return replace(plan, handing_on=frozenset(block.path for block in plan.blocks), assumed=pairs)
     planned = tuple(ChainPlan(f"chain {i + 1}", chain, None, None) for i, chain in enumerate(chains))
     return replace(plan, chains=planned, handing_on=frozenset(handing_on), assumed=())
 

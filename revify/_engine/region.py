@@ -8,6 +8,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from revify._paths import at
+
 
 class Code:
     """A generated function: its source, the import path of every global that the source names, and those globals
@@ -63,7 +65,7 @@ class Bound:
         self.sides = region.sides
 
     def operands(self) -> list[Any]:
-        return [_at(self.module, path) for path in self.region.paths.values()]
+        return [at(self.module, path) for path in self.region.paths.values()]
 
     def run(self, operands: Sequence[Any], *inputs: Any) -> Any:
         return self.region.code.function(_Operands(self.region.paths, operands), *inputs)
@@ -122,13 +124,6 @@ class _Operands:
     def __init__(self, names: Iterable[str], operands: Iterable[Any]) -> None:
         for name, operand in zip(names, operands, strict=True):
             setattr(self, name, operand)
-
-
-def _at(root: nn.Module, path: str) -> Any:
-    found: Any = root
-    for name in path.split(".") if path else ():
-        found = getattr(found, name)
-    return found
 
 
 def imported(path: str) -> Any:

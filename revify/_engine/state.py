@@ -93,7 +93,7 @@ class Run:
             self.learn = lambda costs: planner.learn(kind, size, costs)
 
     def inverts(self, index: int) -> bool:
-        if self.settings.stores_activations or torch.compiler.is_exporting() or _transformed():
+        if self.settings.stores_activations or _transformed():
             return False
         return self.keep is None or index < len(self.keep)
 
@@ -201,7 +201,6 @@ class State:
         if not torch.is_grad_enabled():
             self.shadow = {}
             self.x = {i: x.detach() for i, x in self.x.items()}
-        if not torch.is_grad_enabled():
             turn = Turn(where, self.run.coupling, self.x[writes])
             sides = self._take(turn, writes, skip, f, context, through)
         elif torch.compiler.is_compiling():
@@ -251,8 +250,7 @@ class State:
                 self.shadow = dict(zip((1, 2), Enter.apply(anchor, self.x[1], self.x[2]), strict=True))
                 self.guarded = False
         if self.shadow and not inverts:
-            self.x[1], self.x[2] = Leave.apply(self.x[1], self.x[2], self.shadow[1], self.shadow[2])
-            self.shadow = {}
+            self.leave()
         if self.shadow and not self.guarded:
             shadows = run.settings.guard(name, run.coupling.exact, self.x[1], self.x[2], *self.shadow.values())
             self.shadow = dict(zip((1, 2), shadows, strict=True))
@@ -275,7 +273,10 @@ class State:
 
 
 def _transformed() -> bool:
-    """Whether a transform of `torch.func`, or `torch.jit.trace`, is at work, which sees into no autograd function."""
+    """Whether an export, a transform of `torch.func`, or `torch.jit.trace` is at work, which see into no autograd
+    function."""
+    if torch.compiler.is_exporting():
+        return True
     if torch.compiler.is_compiling():
         return False
     return torch._C._functorch.peek_interpreter_stack() is not None or torch.jit.is_tracing()  # type: ignore[attr-defined]
@@ -283,7 +284,7 @@ def _transformed() -> bool:
 
 def recomputed(function: Function, x: Tensor, settings: Settings, *more: Tensor) -> Any:
     """``function(x, *more)``, of which the inputs alone are kept for the backward pass."""
-    if not torch.is_grad_enabled() or settings.stores or torch.compiler.is_exporting() or _transformed():
+    if not torch.is_grad_enabled() or settings.stores or _transformed():
         return function(x, *more)
     if torch.compiler.is_compiling():
         return compiled.recompute(function, x, *more)
