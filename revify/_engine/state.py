@@ -93,7 +93,7 @@ class Run:
             self.learn = lambda costs: planner.learn(kind, size, costs)
 
     def inverts(self, index: int) -> bool:
-        if self.settings.stores_activations or _transformed():
+        if self.settings.stores_activations or _must_be_plain():
             return False
         return self.keep is None or index < len(self.keep)
 
@@ -273,18 +273,20 @@ class State:
 
 
 def _transformed() -> bool:
-    """Whether an export, a transform of `torch.func`, or `torch.jit.trace` is at work, which see into no autograd
-    function."""
-    if torch.compiler.is_exporting():
-        return True
+    """Whether a transform of `torch.func`, or `torch.jit.trace`, is at work, which sees into no autograd function."""
     if torch.compiler.is_compiling():
         return False
     return torch._C._functorch.peek_interpreter_stack() is not None or torch.jit.is_tracing()  # type: ignore[attr-defined]
 
 
+def _must_be_plain() -> bool:
+    """Whether nothing but operations may be recorded; an export keeps the grid all the same."""
+    return torch.compiler.is_exporting() or _transformed()
+
+
 def recomputed(function: Function, x: Tensor, settings: Settings, *more: Tensor) -> Any:
     """``function(x, *more)``, of which the inputs alone are kept for the backward pass."""
-    if not torch.is_grad_enabled() or settings.stores or _transformed():
+    if not torch.is_grad_enabled() or settings.stores or _must_be_plain():
         return function(x, *more)
     if torch.compiler.is_compiling():
         return compiled.recompute(function, x, *more)
