@@ -124,13 +124,13 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--batch-size", type=_positive, help="in place of the first number of the shape")
     command.add_argument("--memory", type=_memory, help="16GiB, for example: also find the largest batch for so much")
     command.add_argument("--autocast", choices=["bfloat16", "float16"], help="dtype of the forward pass (none)")
-    command.add_argument("--exact", action="store_true", help="in the exact mode")
+    command.add_argument("--exact", action=argparse.BooleanOptionalAction, default=True, help="in the exact mode")
     command.set_defaults(command=_estimate)
 
     command = commands.add_parser("verify", help="convert, run a step both ways on random input, and compare")
     command.add_argument("name", metavar="NAME", help="a torchvision or timm model, or package.module:function")
     command.add_argument("--shape", type=_shape, default=(2, 3, 224, 224), help="of the input (2x3x224x224)")
-    command.add_argument("--exact", action="store_true", help="in the exact mode")
+    command.add_argument("--exact", action=argparse.BooleanOptionalAction, default=True, help="in the exact mode")
     command.set_defaults(command=_verify)
 
     command = commands.add_parser("demo", help="train a ResNet and its conversion side by side")

@@ -258,7 +258,7 @@ def test_what_a_network_keeps() -> None:
     images = torch.randn(4, 3, 16, 16)
     model, deeper = (revify.convert(models.cifar_resnet(depth)) for depth in (20, 26))
     found = kept(model, images) - statistics(model)
-    assert kept(deeper, images) - statistics(deeper) == found
+    assert abs(kept(deeper, images) - statistics(deeper) - found) <= 100  # some numbers that the grids are made of
     exclude = [images, *model.parameters(), *model.buffers()]
     assert found < 1.1 * revify.kept_bytes(lambda: model(images), exclude)
 
@@ -458,7 +458,7 @@ def test_the_guard_finds_numbers_that_are_not_seen(noise: Callable[[Tensor], Ten
     with pytest.raises(ReconstructionError, match="did not reconstruct"):
         loss(compiled(ReversibleChain([Noise(noise) for _ in range(2)], exact=True))(x, x)).backward()
     torch._dynamo.reset()
-    value = loss(compiled(ReversibleChain([Noise(noise) for _ in range(2)]))(x, x))
+    value = loss(compiled(ReversibleChain([Noise(noise) for _ in range(2)], exact=False))(x, x))
     with pytest.warns(RuntimeWarning, match="not to be relied on"):
         value.backward()
 

@@ -85,7 +85,7 @@ def test_activation_after_the_sum_by_hand(name: str, x: Tensor) -> None:
 def test_transitions_by_hand(x: Tensor) -> None:
     model = CONVERTIBLE["transitions"].make().double()
     f, p = copy.deepcopy(model.f), copy.deepcopy(model.p)
-    converted = revify.convert(model)
+    converted = revify.convert(model, exact=False)
     torch.manual_seed(1)
     y = converted(x)
     torch.manual_seed(1)

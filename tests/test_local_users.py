@@ -766,7 +766,8 @@ def test_generation_with_a_cache(llm: Any, ids: Tensor, example: bool) -> None:
     assert torch.equal(cached.sequences, plain.sequences)
     for a, b in zip(cached.logits, plain.logits, strict=True):
         assert relative(a, b) <= 1e-5
-    whole = converted(cached.sequences).logits
+    with torch.no_grad():
+        whole = converted(cached.sequences).logits
     assert relative(whole[:, -2], cached.logits[-1]) <= 1e-5
     options = {"num_beams": 3, "do_sample": False, "max_new_tokens": 4}
     assert torch.equal(*(converted.generate(ids, use_cache=use, **options) for use in (True, False)))
@@ -837,7 +838,7 @@ def timm_input() -> Tensor:
 def test_methods_of_timm(example: bool) -> None:
     model = timm_vit()
     x = timm_input()
-    converted = revify.convert(model, x if example else None)
+    converted = revify.convert(model, x if example else None, exact=False)
     assert converted.no_weight_decay() == model.no_weight_decay()
     assert converted.group_matcher() == model.group_matcher()
     assert converted.get_classifier() is converted.head

@@ -71,7 +71,7 @@ def two_separate_streams(h: Tensor, units: list[tuple[Unit, Map | None]]) -> Ten
 @pytest.mark.parametrize("bottleneck", [False, True])
 def test_a_revnet_is_that_of_the_paper(bottleneck: bool) -> None:
     resnet = models.ResNet((2, 4, 2), (4, 4, 8, 12), 5, bottleneck=bottleneck).double()
-    converted = models.revnet(resnet)
+    converted = models.revnet(resnet, exact=False)
     with torch.no_grad():
         for name, parameter in converted.named_parameters():  # stream 2's own projections differ from stream 1's
             parameter.add_(0.1 * torch.randn_like(parameter) if ".stream2." in name else 0)

@@ -319,7 +319,8 @@ def test_saved_tensors_moved_away(model: nn.Module, x: Tensor) -> None:
 def test_export_in_eval(model: nn.Module, x: Tensor) -> None:
     model.eval()
     exported = torch.export.export(model, (x,)).module()
-    torch.testing.assert_close(exported(x), model(x))
+    with torch.no_grad():
+        torch.testing.assert_close(exported(x), model(x))
 
 
 @pytest.mark.filterwarnings(r"ignore:`isinstance\(treespec, LeafSpec\)`:FutureWarning")  # the exporter's, up to 2.12
@@ -333,7 +334,8 @@ def test_onnx_in_eval(exact: bool, tmp_path: Path) -> None:
     file, shapes = tmp_path / "model.onnx", ({0: torch.export.Dim("batch")},)
     torch.onnx.export(model, (x[:2],), file, dynamo=True, dynamic_shapes=shapes, input_names=["x"], verbose=False)
     (y,) = ReferenceEvaluator(str(file)).run(None, {"x": x.numpy()})
-    torch.testing.assert_close(torch.from_numpy(y), model(x))
+    with torch.no_grad():
+        torch.testing.assert_close(torch.from_numpy(y), model(x))
 
 
 def test_compile_in_eval_is_one_graph(model: nn.Module, x: Tensor) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import math
+import operator
 from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any, cast
 
@@ -99,6 +100,9 @@ class Tracer(fx.Tracer):
                 shorten(m, held[id(m)])
             raise Untraceable("assigns", name="a list that it holds")
         self._constants(graph)
+        for node in reversed(graph.nodes):
+            if node.target is operator.getitem and not node.users:  # as in `y, _ = attention(x, x, x)`
+                graph.erase_node(node)
         return Trace(graph, self.key, notes.reads, notes.writes, asked_sizes(graph, self.example, self.asked))
 
     def _constants(self, graph: fx.Graph) -> None:

@@ -22,9 +22,11 @@ from revify._engine.chain import BLOCK
 from revify._engine.state import Settings
 
 
-def apply(plan: Plan, root: nn.Module, report: Report, exact: bool, memory_budget: float | None) -> nn.Module:
+def apply(
+    plan: Plan, root: nn.Module, report: Report, exact: bool, memory_budget: float | None, slices: int
+) -> nn.Module:
     """Consumes ``root``."""
-    settings = Settings(exact, None if memory_budget is None else Budget(memory_budget))
+    settings = Settings(exact, None if memory_budget is None else Budget(memory_budget), slices)
     for end in (end for chain in plan.chains for end in (chain.entry, chain.exit) if end is not None):
         resize.apply(end, root)
     changed: dict[str, nn.Module] = {}

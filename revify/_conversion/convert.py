@@ -20,7 +20,7 @@ from revify._conversion.apply import apply
 from revify._conversion.blocks import MODEL, Converted
 from revify._conversion.trial import as_observed, refusal, trial
 from revify._engine.budget import check_memory_budget
-from revify._engine.chain import check_coupling, check_exact, settings_of
+from revify._engine.chain import check_coupling, check_exact, check_slices, settings_of
 from revify._errors import NotConvertibleError, RevifyError
 from revify._refusals import Refusal, reason
 
@@ -33,8 +33,9 @@ def convert(
     entry: str = "duplicate",
     exit: str = "mean",
     tie_shortcuts: bool = True,
-    exact: bool = False,
+    exact: bool = True,
     memory_budget: float | None = None,
+    slices: int = 1,
     strict: bool = False,
 ) -> nn.Module:
     """Returns the reversible form of a residual network; ``model`` is left as it was.
@@ -61,13 +62,15 @@ def convert(
         memory_budget: what the chains may keep of their activations, as a fraction (0 to 1) of what plain autograd
             keeps or in bytes, together; None keeps the least. The first training step of each input shape measures what
             there is to keep; from the second on it is spent where it saves most time, and `report` says how.
+        slices: in how many parts the batch goes through each branch that treats the samples apart; see
+            `ReversibleChain`. Less memory at the peak; 1 is the batch as it is.
         strict: refuse the whole model where any unit is refused.
 
     Raises:
         NotConvertibleError: no unit can be converted, or, with ``strict``, not every one; lists each reason.
         RevifyError: an argument is not as it must be.
     """
-    _check_options(coupling, entry, exit, tie_shortcuts, exact, memory_budget, strict)
+    _check_options(coupling, entry, exit, tie_shortcuts, exact, memory_budget, slices, strict)
     analysis = _analyse(model, example_inputs, entry=entry, exit=exit, tie_shortcuts=tie_shortcuts)
     report = analysis.report
     if not report.chains:
@@ -78,7 +81,7 @@ def convert(
         raise NotConvertibleError(
             _listing(f"{report.model} cannot be converted completely", report.refusals), refusals=report.refusals
         )
-    return apply(analysis.plan, analysis.root, report, exact, memory_budget)
+    return apply(analysis.plan, analysis.root, report, exact, memory_budget, slices)
 
 
 def explain(
@@ -89,8 +92,9 @@ def explain(
     entry: str = "duplicate",
     exit: str = "mean",
     tie_shortcuts: bool = True,
-    exact: bool = False,
+    exact: bool = True,
     memory_budget: float | None = None,
+    slices: int = 1,
     strict: bool = False,
 ) -> Report:
     """What `convert` with the same arguments would do, as a `Report`; converts nothing. A model that cannot be
@@ -99,7 +103,7 @@ def explain(
     Raises:
         RevifyError: an argument is not as it must be.
     """
-    _check_options(coupling, entry, exit, tie_shortcuts, exact, memory_budget, strict)
+    _check_options(coupling, entry, exit, tie_shortcuts, exact, memory_budget, slices, strict)
     return _analyse(model, example_inputs, entry=entry, exit=exit, tie_shortcuts=tie_shortcuts).report
 
 
@@ -248,11 +252,13 @@ def _check_options(
     tie_shortcuts: bool,
     exact: bool,
     memory_budget: float | None,
+    slices: int,
     strict: bool,
 ) -> None:
     check_coupling(coupling)
     check_exact(exact)
     check_memory_budget(memory_budget)
+    check_slices(slices)
     if entry not in ("duplicate", "widen"):
         raise RevifyError(f"entry must be 'duplicate' or 'widen', got {entry!r}.")
     if exit not in ("mean", "concat"):

@@ -111,7 +111,18 @@ class _Rewriting:
     def _context(self, unit: Unit) -> list[fx.Node]:
         inside = {self._start(unit), *unit.branch}
         reads = [n for node in unit.branch for n in node.all_input_nodes] + [n for n, _ in unit.terms]
-        return [n for n in dict.fromkeys(reads) if n not in inside and n.op != "get_attr"]
+        return [
+            n
+            for n in dict.fromkeys(reads)
+            if n not in inside and n.op != "get_attr" and not self._is_size_of(n, unit.z)
+        ]
+
+    def _is_size_of(self, node: fx.Node, z: fx.Node) -> bool:
+        """Whether the node asks for the state's shape alone: the branch then asks its own input, which may be a part
+        of the batch."""
+        return self.ops.is_shape_read(node) and all(
+            source is z or self._is_size_of(source, z) for source in node.all_input_nodes
+        )
 
     def _copy_operation(self, node: fx.Node) -> fx.Node:
         if self._is_moved(node):
@@ -159,6 +170,9 @@ class _Rewriting:
         graph = fx.Graph()
         paths: dict[str, str] = {}
         copies: dict[fx.Node, fx.Node] = {n: graph.placeholder(n.name) for n in inputs}
+        for unit in self.units:  # their shapes are the same
+            if copies and self._start(unit) is inputs[0]:
+                copies.setdefault(unit.z, copies[inputs[0]])
 
         def operand(path: str) -> str:
             flat = path.replace(".", "_") or "itself"

@@ -52,7 +52,7 @@ def _trial(plan: Plan, root: nn.Module, example_inputs: Any) -> Outcome:
         try:
             args, kwargs = arguments(example_inputs)
             model, args, kwargs = hollow(root, args, kwargs)
-            model = apply(plan, model, Report("", (), (), ()), False, None)
+            model = apply(plan, model, Report("", (), (), ()), False, None, 1)
             settings = model.__dict__[MODEL].settings
             settings.log = log
             without_hooks(model)

@@ -30,13 +30,18 @@ class ReversibleChain(nn.Module):
         branches: the residual branches f_1, f_2, ... as modules; each maps a tensor to one of the same shape.
             They are registered, not copied. Any number is fine, odd ones too.
         coupling: the recurrence; ``"revnet"`` is the one there is.
-        exact: whether training runs on a grid of 2^-13 (in double precision 2^-43), to which the chain's inputs and
-            what each branch returns are rounded. The reconstruction is then exact, bit for bit, as long as the state
-            is less than 2,048 (1,024) in magnitude, and a checksum watches over it. Otherwise it is exact but for
-            rounding errors; samples of the state are compared, and a warning says where they are large.
+        exact: whether training runs on a grid, to which the chain's inputs and what each branch returns are rounded: by
+            at most 2^-16 of the largest value that a stream has where a run of updates begins. The reconstruction is
+            then exact, bit for bit, as long as the stream grows by less than 2^8, and by less than 2^6 in one update;
+            a checksum watches over it. Otherwise it is exact but for rounding errors; samples of the state are
+            compared, and a warning says where they are large.
         memory_budget: what the chain may keep of its activations, as a fraction (0 to 1) of what plain autograd keeps
             or in bytes; None keeps the least. It is spent where it saves most time. The first step of each input
             shape evaluates the branches once more, to measure what they keep; from the second on it is spent.
+
+        slices: in how many parts the batch goes through a branch, one after the other, where the branch treats the
+            samples apart (layer norm and group norm, convolutions, attention; not batch statistics). The backward pass
+            then needs for one slice what it would need for a branch. Forward hooks of the branch run for each slice.
 
     Raises:
         RevifyError: no branches, or one that is not a module; at run time, a branch that changes the shape.
@@ -50,13 +55,15 @@ class ReversibleChain(nn.Module):
         branches: Iterable[nn.Module],
         *,
         coupling: str = "revnet",
-        exact: bool = False,
+        exact: bool = True,
         memory_budget: float | None = None,
+        slices: int = 1,
     ) -> None:
         super().__init__()
         check_coupling(coupling)
         check_exact(exact)
         check_memory_budget(memory_budget)
+        check_slices(slices)
         branches = list(branches)
         if not branches:
             raise RevifyError("branches is empty: a reversible chain needs at least one branch.")
@@ -66,7 +73,7 @@ class ReversibleChain(nn.Module):
         self.steps: Sequence[Step] = nn.ModuleList(  # type: ignore[assignment]
             Step(f"branch {i}", 1 + i % 2, branch) for i, branch in enumerate(branches)
         )
-        self.settings = Settings(exact, None if memory_budget is None else Budget(memory_budget))
+        self.settings = Settings(exact, None if memory_budget is None else Budget(memory_budget), slices)
 
     def forward(self, x1: Tensor, x2: Tensor, *context: Any) -> tuple[Tensor, Tensor]:
         """Maps the state (x1, x2) to (y1, y2). ``context`` is handed to every branch after its stream, and gets
@@ -79,16 +86,16 @@ class ReversibleChain(nn.Module):
         return coupling.read(state.x[1]), coupling.read(state.x[2])
 
     def inverse(self, y1: Tensor, y2: Tensor, *context: Any) -> tuple[Tensor, Tensor]:
-        """Maps (y1, y2) back to the (x1, x2) that `forward` made it from, up to rounding. Changes no buffer.
+        """Maps (y1, y2) back to the (x1, x2) that `forward` made it from, up to rounding (in the exact mode, to the
+        grid). Changes no buffer.
         Branches that draw random numbers (dropout in training) have no inverse outside of the backward pass."""
-        exact = self.settings.exact and (self.training or torch.is_grad_enabled())
-        coupling = Coupling(torch.promote_types(y1.dtype, y2.dtype), exact)
-        y = {1: coupling.enter(y1), 2: coupling.enter(y2)}
+        coupling = Coupling(torch.promote_types(y1.dtype, y2.dtype), exact=False)
+        y = {1: coupling.enter(y1)[0], 2: coupling.enter(y2)[0]}
         for step in reversed(list(self.steps)):
             r, q = y[step.writes], y[3 - step.writes]
             f = Evaluation(step.branch)
             a = f.again(f.tensors, coupling.read(q), *context)
-            y[step.writes] = coupling.uncouple(r, fitting(step.name, r, a))
+            y[step.writes] = coupling.uncouple(r, fitting(step.name, r, a), None)
         return coupling.read(y[1]), coupling.read(y[2])
 
 
@@ -130,6 +137,11 @@ def store_activations(model: nn.Module) -> Iterator[None]:
 def check_exact(exact: bool) -> None:
     if not isinstance(exact, bool):
         raise RevifyError(f"exact must be True or False, got {exact!r}.")
+
+
+def check_slices(slices: int) -> None:
+    if not isinstance(slices, int) or isinstance(slices, bool) or slices < 1:
+        raise RevifyError(f"slices must be a whole number of at least 1, got {slices!r}.")
 
 
 def check_coupling(coupling: str) -> None:

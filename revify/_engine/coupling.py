@@ -10,10 +10,15 @@ Gomez, Ren, Urtasun, Grosse, "The Reversible Residual Network", 2017 (arXiv:1707
 with F and G as the branches of odd and even n. In the code of one update, ``p = x[n-1]`` is the stream that
 is replaced, ``q = x[n]`` the stream that is read, ``a = f_n(q)`` and ``r = x[n+1]``.
 
-In floating point ``(p + a) - a`` is not p. On a grid it is: let p be a multiple of g = 2^-k, and round a to one. Then
-``p + a`` is a multiple of g too, and has no rounding error as long as it is less than 2^24 g in magnitude (2^53 g in
-double precision); so the subtraction gives p back, bit for bit. What is computed is ``x[n-1] + [f_n(x[n])]``, where
-[ ] rounds to the nearest multiple of g, and has the derivative 1.
+In floating point ``(p + a) - a`` is not p. On a grid it is: let p be a multiple of g, a power of two, and round a to
+one. Then ``p + a`` is a multiple of g too, and has no rounding error as long as it is at most 2^24 g in magnitude
+(2^53 g in double precision); so the subtraction gives p back, bit for bit. What is computed is
+``x[n-1] + [f_n(x[n])]``, where [ ] rounds to the nearest multiple of g, and has the derivative 1.
+
+The grid follows the state: where a run of updates begins, each stream gets the g that is 2^-15 (2^-44) of the power of
+two in its largest value. So the rounding is at most 2^-16 of that value, and sums are exact as long as the stream grows
+by less than 2^8, and by less than 2^6 in one update. Beyond that they round as all floating-point sums do; the guard
+says so.
 
 The state is in float32, or float64, also where the branches compute in less.
 """
@@ -28,38 +33,60 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-# g = 2^-k. The largest magnitude of a state is 2^(24 - k) = 2048, and 2^(53 - k) = 1024.
-GRID_BITS = {torch.float32: 13, torch.float64: 43}
-_MANTISSA_BITS = {torch.float32: 24, torch.float64: 53}
+_GROWTH = 2.0**8
+_EXPONENT = {torch.float32: (torch.int32, 0x7F800000), torch.float64: (torch.int64, 0x7FF0000000000000)}
 
 
-def largest(dtype: torch.dtype) -> float:
-    """The magnitude below which sums on the grid are exact."""
-    return float(2.0 ** (_MANTISSA_BITS[dtype] - GRID_BITS[dtype]))
+def grid_of(x: Tensor, other: Tensor) -> Tensor:
+    """The grid of a stream that begins with ``x``, beside one that begins with ``other``, as the number that `on_grid`
+    adds: 1.5 * 2^(m - 1) g, where m are the bits of the mantissa; a tensor without dimensions. It is found on the
+    device, and nothing waits for it."""
+    power = _power_of_largest(x)
+    if other is not x:  # of zeros alone nothing can be known
+        power = torch.where(power > 0, power, _power_of_largest(other))
+    power = torch.where(power > 0, power, 1.0)
+    too_large = torch.finfo(power.dtype).max / (4 * _GROWTH)  # or infinite, or no number: not rounded
+    grid = torch.where(power < too_large, power * (1.5 * _GROWTH), 0.0)
+    return torch.complex(grid, grid) if x.is_complex() else grid
 
 
-def grid_(a: Tensor) -> Tensor:
-    """Rounds ``a``, in place, to the nearest multiple of g: where 1.5 * 2^(23 - k) is added, the last bit of a
-    float32 is worth g."""
-    shift = _shift(a)
-    return a.add_(shift).sub_(shift)
+def _power_of_largest(x: Tensor) -> Tensor:
+    """The power of two in the largest magnitude."""
+    x = torch.view_as_real(x) if x.is_complex() else x
+    if not x.numel():
+        return x.new_ones(())
+    whole, exponent = _EXPONENT[x.dtype]
+    least, most = torch.aminmax(x)
+    return torch.maximum(-least, most).view(whole).bitwise_and(exponent).view(x.dtype)
 
 
-def _shift(a: Tensor) -> float:
-    return 0.75 * largest(a.dtype)
+def limit_of(grid: Tensor) -> Tensor:
+    """The magnitude below which sums on a grid are exact whatever a branch returns: 2^(m - 2) g."""
+    return grid / 3
 
 
-class _Grid(torch.autograd.Function):
-    """The nearest multiple of g, with derivative 1."""
+def on_grid(a: Tensor, grid: Tensor) -> Tensor:
+    """``a`` rounded to the nearest multiple of g: where 1.5 * 2^(m - 1) g is added, the last bit is worth g."""
+    if torch.compiler.is_compiling():
+        return a + grid - grid  # not in place: under Dynamo of PyTorch 2.11 a changed output gets no gradient
+    return (a + grid).sub_(grid)
+
+
+def on_grid_(a: Tensor, grid: Tensor) -> Tensor:
+    """`on_grid`, in place."""
+    return a.add_(grid).sub_(grid)
+
+
+class _OnGrid(torch.autograd.Function):
+    """`on_grid`, with derivative 1."""
 
     @staticmethod
-    def forward(ctx: Any, a: Tensor) -> Tensor:
-        shift = _shift(a)
-        return a + shift - shift  # not in place: under Dynamo of PyTorch 2.11 a changed output gets no gradient
+    def forward(ctx: Any, a: Tensor, grid: Tensor) -> Tensor:
+        return on_grid(a, grid)
 
     @staticmethod
-    def backward(ctx: Any, da: Tensor) -> Tensor:
-        return da
+    def backward(ctx: Any, da: Tensor) -> tuple[Tensor, None]:
+        return da, None
 
 
 @dataclass(frozen=True)
@@ -79,46 +106,54 @@ class Coupling:
         """The dtype of the streams."""
         return torch.promote_types(self.inside, torch.float32)
 
-    def enter(self, x: Tensor) -> Tensor:
-        """``x`` as a value of a stream: a new tensor where it is not one already."""
+    def enter(self, x: Tensor, beside: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """``x`` as the value that a stream begins with, beside that of the other stream, and its grid in the exact
+        mode."""
         x = x.to(self.state)
         if not self.exact:
-            return x
-        return _Grid.apply(x) if x.requires_grad and torch.is_grad_enabled() else grid_(x.clone())
+            return x, None
+        grid = grid_of(x.detach(), x if beside is None else beside.detach().to(self.state))
+        return _OnGrid.apply(x, grid) if x.requires_grad and torch.is_grad_enabled() else on_grid(x, grid), grid
 
     def read(self, x: Tensor) -> Tensor:
         """A stream's value as branches and the chain's readers take it."""
         return x.to(self.inside)
 
-    def couple(self, p: Tensor, a: Tensor) -> Tensor:
-        """``r = p + a``."""
-        return p + self.enter(a)
+    def couple(self, p: Tensor, a: Tensor, grid: Tensor | None) -> Tensor:
+        """``r = p + a``; a goes to the grid, if there is one."""
+        return p + self._converted(a, grid)
 
-    def uncouple(self, r: Tensor, a: Tensor) -> Tensor:
+    def uncouple(self, r: Tensor, a: Tensor, grid: Tensor | None) -> Tensor:
         """``p = r - a``."""
-        return r - self.enter(a)
+        return r - self._converted(a, grid)
 
-    def couple_into(self, p: Tensor, a: Tensor) -> Tensor:
+    def couple_into(self, p: Tensor, a: Tensor, grid: Tensor | None) -> Tensor:
         """As `couple`, without a graph, and in the memory of ``a`` where the caller is its sole owner."""
         if _is_free(a, p):
-            return (grid_(a) if self.exact else a).add_(p)
-        a = self._converted(a)
-        return p + a
+            return (a if grid is None else on_grid_(a, grid)).add_(p)
+        return p + self._converted(a, grid)
 
-    def uncouple_into(self, r: Tensor, a: Tensor) -> Tensor:
+    def uncouple_into(self, r: Tensor, a: Tensor, grid: Tensor | None) -> Tensor:
         """As `uncouple`, without a graph, and in the memory of ``r``, or else of ``a``, where nobody else can see it.
         ``r`` must have reached the caller as a gradient, which no Python object holds."""
         free = _is_free(a, r)
-        a = (grid_(a) if self.exact else a) if free else self._converted(a)
-        if _is_alone(r):
+        a = (a if grid is None else on_grid_(a, grid)) if free else self._converted(a, grid)
+        if is_alone(r):
             return r.sub_(a)
         return torch.sub(r, a, out=a) if free else r - a
 
-    def _converted(self, a: Tensor) -> Tensor:
+    def uncouple_in_place(self, r: Tensor, a: Tensor, grid: Tensor | None) -> Tensor:
+        """As `uncouple_into`, in the memory of ``r``, which the caller has found to be free (`is_alone`)."""
+        return r.sub_(self._converted(a, grid))
+
+    def _converted(self, a: Tensor, grid: Tensor | None) -> Tensor:
         converted = a.to(self.state)
-        if not self.exact:
+        if grid is None:
             return converted
-        return grid_(converted.clone() if converted is a else converted)
+        if converted.requires_grad and torch.is_grad_enabled():
+            rounded: Tensor = _OnGrid.apply(converted, grid)
+            return rounded
+        return on_grid(converted, grid) if converted is a else on_grid_(converted, grid)
 
 
 def _is_free(a: Tensor, like: Tensor) -> bool:
@@ -133,11 +168,11 @@ def _is_free(a: Tensor, like: Tensor) -> bool:
         and a.stride() == like.stride()
         and a.is_leaf
         and sys.getrefcount(a) <= _REFERENCES
-        and _is_alone(a)
+        and is_alone(a)
     )
 
 
-def _is_alone(x: Tensor) -> bool:
+def is_alone(x: Tensor) -> bool:
     """Whether ``x`` is the only tensor in its memory, all of which it has."""
     return (
         type(x) in _WITH_STORAGE

@@ -17,11 +17,13 @@ from revify._engine import compiled
 from revify._engine.budget import Budget, Cost, Planner
 from revify._engine.coupling import Coupling
 from revify._engine.evaluation import Evaluation, autocast_state, casts_not_shared
-from revify._engine.guard import Guard
+from revify._engine.guard import Extent, Guard
 from revify._engine.region import Function, parameters_of
+from revify._engine.slices import slices_for
 from revify._engine.turn import Turn, take_turn
 from revify._engine.update import Enter, Leave, Recompute, Tail
 
+_LOOKS = 8  # updates between two looks at the state's extent
 Through = Callable[..., Tensor]  # calls `take_turn`, itself or by way of a module
 
 
@@ -31,14 +33,16 @@ class Settings:
     Attributes:
         exact: whether the state runs on the grid.
         budget: what the chains may keep of their activations together, or None.
+        slices: in how many the batch goes through a branch that allows it.
         stores_activations: whether they run by plain autograd.
         guard: watches over reconstructed states (see `guard`).
     """
 
     guard: Callable[..., Any] = staticmethod(Guard.apply)
+    slices = 1  # where a saved model says nothing of it
 
-    def __init__(self, exact: bool, budget: Budget | None = None) -> None:
-        self.exact, self.budget = exact, budget
+    def __init__(self, exact: bool, budget: Budget | None = None, slices: int = 1) -> None:
+        self.exact, self.budget, self.slices = exact, budget, slices
         self.stores_activations = False
         self.handed: dict[str, Any] = {}  # the last state that a block has handed on, by the block's path
         self.log: list[tuple[Run, str]] | None = None  # of the updates, where somebody asks
@@ -104,11 +108,13 @@ class State:
     def __init__(self, run: Run, x1: Tensor, x2: Tensor) -> None:
         self.run = run
         self.x = {1: x1, 2: x2}
+        self.grid: dict[int, Tensor | None] = {1: None, 2: None}  # in the exact mode
         self.shadow: dict[int, Tensor] = {}
         self.writes = 1  # the stream that the next identity unit updates
         self.waiting: tuple[str, Function] | None = None  # a projection that stream 2 is still to go through
         self.index = 0  # updates so far
         self.guarded = False
+        self.extent: Extent | None = None  # of the run of updates since the guard, in the exact mode
         self.tail: Tail | None = None  # of the last update
 
     @classmethod
@@ -123,12 +129,17 @@ class State:
         axis: Any = None,
     ) -> State:
         """The start of a chain."""
-        exact = settings.exact and (training or torch.is_grad_enabled()) and not _transformed()
+        gradients = torch.is_grad_enabled() and not torch.compiler.is_exporting()
+        exact = settings.exact and (training or gradients) and not _transformed()
         coupling = Coupling(torch.promote_types(x1.dtype, x2.dtype), exact)
         run = Run(settings, name, coupling, updates, axis)
-        if x1 is x2 and torch.is_grad_enabled():
-            x2 = x1.expand_as(x1)  # their gradients add up at the entry, as two streams' do
-        state = cls(run, coupling.enter(x1), coupling.enter(x2))
+        state = cls(run, x1, x2)
+        state.x[1], state.grid[1] = coupling.enter(x1, x2)
+        if x1 is x2:
+            x = state.x[1]
+            state.x[2], state.grid[2] = x.expand_as(x), state.grid[1]  # two tensors, whose gradients add up here
+        else:
+            state.x[2], state.grid[2] = coupling.enter(x2, x1)
         if torch.is_grad_enabled():
             run.anchor = next((x for x in (x1, x2) if x.requires_grad), None)
             if torch.compiler.is_compiling():
@@ -141,7 +152,8 @@ class State:
     def copy(self) -> State:
         """The same values, to go on from; the shadows go with the one that takes them."""
         state = State(self.run, self.x[1], self.x[2])
-        state.writes, state.waiting, state.index = self.writes, self.waiting, self.index
+        state.grid = dict(self.grid)
+        state.writes, state.waiting, state.index, state.extent = self.writes, self.waiting, self.index, self.extent
         return state
 
     def identity(self, name: str, f: Function, context: Sequence[Any] = (), through: Through | None = None) -> Any:
@@ -168,9 +180,16 @@ class State:
             self._update(name, 2, skip, None, (), None)
             self.writes = 1
 
+    def _note_extent(self) -> None:
+        if self.extent is not None and self.shadow:
+            for i, grid in self.grid.items():
+                if grid is not None:
+                    self.extent.note(self.x[i], grid)
+
     def leave(self) -> None:
         """Ends the reversible pass: the state as it is now is kept."""
         if self.shadow:
+            self._note_extent()
             if torch.compiler.is_compiling():
                 self.x[1], self.x[2] = compiled.leave(self.x, self.shadow)
             else:
@@ -201,7 +220,7 @@ class State:
         if not torch.is_grad_enabled():
             self.shadow = {}
             self.x = {i: x.detach() for i, x in self.x.items()}
-            turn = Turn(where, self.run.coupling, self.x[writes])
+            turn = Turn(where, self.run.coupling, self.x[writes], None if skip else self.grid[writes])
             sides = self._take(turn, writes, skip, f, context, through)
         elif torch.compiler.is_compiling():
             sides = compiled.update(self, where, writes, skip, f, context)
@@ -227,6 +246,8 @@ class State:
             self.x[writes] = take_turn(turn, skip, f, p_in, q_in, context)
         else:
             self.x[writes] = through(turn, p_in, q_in, *context)
+        if skip is not None:
+            self.x[writes], self.grid[writes] = self.run.coupling.enter(self.x[writes])
         return turn.sides
 
     @torch.compiler.disable(
@@ -252,21 +273,31 @@ class State:
         if self.shadow and not inverts:
             self.leave()
         if self.shadow and not self.guarded:
-            shadows = run.settings.guard(name, run.coupling.exact, self.x[1], self.x[2], *self.shadow.values())
+            self.extent = Extent() if run.coupling.exact else None
+            shadows = run.settings.guard(name, self.extent, self.x[1], self.x[2], *self.shadow.values())
             self.shadow = dict(zip((1, 2), shadows, strict=True))
             self.guarded = True
+        if skip is not None:
+            self._note_extent()
         keep = run.keep[self.index] if run.keep is not None and inverts else ()
         shadows = (self.shadow[p], self.shadow[q]) if self.shadow else None
-        turn = Turn(name, run.coupling, self.x[p], shadows, keep, run.costs is not None)
+        grid = None if skip is not None else self.grid[p]
+        slices = None
+        if run.settings.slices > 1 and f is not None and not _must_be_plain():
+            slices = slices_for(run.settings.slices, f, run.coupling.read(self.x[q].detach()), context)
+        turn = Turn(name, run.coupling, self.x[p], grid, shadows, keep, run.costs is not None, slices)
         with casts_not_shared():
             self._take(turn, writes, skip, f, context, through)
         if self.tail is not None:
             self.tail.state = None
         self.tail = turn.tail
         if turn.shadows is not None:
+            self.tail.state = self.x[q].detach(), self.x[p].detach()
             self.shadow[p], self.shadow[q] = turn.shadows
         if skip is not None and writes == 2:
             self.guarded = False  # another run of updates that are inverted begins
+        elif self.index % _LOOKS == 0:
+            self._note_extent()
         if run.costs is not None:
             run.costs.append(turn.cost)
         return turn.sides

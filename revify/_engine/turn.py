@@ -14,6 +14,7 @@ from revify._engine.costs import measure
 from revify._engine.coupling import Coupling
 from revify._engine.evaluation import Evaluation, random_state_kept
 from revify._engine.region import Function, sides_of
+from revify._engine.slices import Slices, evaluated
 from revify._engine.update import Tail, Update, check_not_overwritten, fitting, version_of
 
 
@@ -26,10 +27,12 @@ class Turn:
         name: the update's, for messages.
         coupling: the arithmetic.
         p: the value of the stream that is replaced.
+        grid: that stream's, in the exact mode; None where a skip makes a new value, which has none yet.
         shadows: of the replaced and of the other stream, before the update, then after it; None: no reversible pass.
         keep: the operations of the branch whose outputs to keep, by number.
         measures: whether to find out the update's cost as well, which becomes ``cost``.
-        tail: afterwards, the state, until another update takes it.
+        slices: those in which the branch goes through the batch, or None.
+        tail: filled afterwards with the state, until another update takes it.
         sides: afterwards, what the branch returned besides the first value.
     """
 
@@ -41,12 +44,14 @@ class Turn:
         name: str,
         coupling: Coupling,
         p: Tensor,
+        grid: Tensor | None = None,
         shadows: tuple[Tensor, Tensor] | None = None,
         keep: Collection[int] = (),
         measures: bool = False,
+        slices: Slices | None = None,
     ) -> None:
-        self.name, self.coupling, self.p, self.shadows = name, coupling, p, shadows
-        self.keep, self.measures, self.tail = keep, measures, Tail()
+        self.name, self.coupling, self.p, self.grid, self.shadows = name, coupling, p, grid, shadows
+        self.keep, self.measures, self.slices, self.tail = keep, measures, slices, Tail()
 
 
 def take_turn(
@@ -63,34 +68,44 @@ def take_turn(
     r = turn.p
     if skip is not None:
         assert p_in is not None
-        r = turn.coupling.enter(skip(_head(p_in)))
+        r = skip(_head(p_in)).to(turn.coupling.state)
     if f is None:
         return r
     x = _head(q_in)
     version = version_of(x)
-    a = f(x, *context)
+    a = evaluated(turn.slices, f, x, context)
     check_not_overwritten(turn.name, x, version)
     if sides_of(f):
         a, *turn.sides = a
-    return turn.coupling.couple(r, fitting(turn.name, r, a))
+    return turn.coupling.couple(r, fitting(turn.name, r, a), turn.grid)
 
 
 def _recorded(
     turn: Turn, skip: Function | None, f: Function | None, p_in: Tensor | None, q_in: Tensor, context: Sequence[Any]
 ) -> Tensor:
     assert turn.shadows is not None
-    of_skip, of_f = (None if function is None else Evaluation(function) for function in (skip, f))
+    of_skip = None if skip is None else Evaluation(skip)
+    parts = [] if f is None else [Evaluation(f) for _ in range(len(turn.slices or (f,)))]
     tensors = [x for x in context if isinstance(x, Tensor)]
-    for evaluation in (of_skip, of_f):
+    for evaluation in (of_skip, *parts[:1]):
         tensors += evaluation.tensors if evaluation else []
     streams = turn.p, p_in, q_in, *turn.shadows
     updated: tuple[Tensor, ...] = Update.apply(
-        turn.name, turn.coupling, of_skip, of_f, turn.keep, turn.tail, context, *streams, *tensors
+        turn.name,
+        turn.coupling,
+        turn.grid,
+        of_skip,
+        parts,
+        turn.slices,
+        turn.keep,
+        turn.tail,
+        context,
+        *streams,
+        *tensors,
     )
     r, q_shadow, r_shadow, *sides = updated
-    if of_f is not None:
-        turn.sides = of_f.joined(sides)
-    turn.tail.state = q_in.detach(), r.detach()
+    if parts:
+        turn.sides = parts[0].joined(sides)
     turn.shadows = r_shadow, q_shadow
     return r
 

@@ -24,17 +24,18 @@ With r the cotangents are  ``dp = dr  (or J_skip(p)^T dr)``,  ``dq += J_f(q)^T d
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+import itertools
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import get_gradient_edge
 
-from revify._arguments import snapshot
-from revify._engine.coupling import Coupling
+from revify._engine.coupling import Coupling, is_alone
 from revify._engine.evaluation import Evaluation
-from revify._errors import ReconstructionError, RevifyError, UnitError
+from revify._engine.replay import replay, without_tensors
+from revify._engine.slices import Slices, coupled, pulled
+from revify._errors import ReconstructionError, UnitError
 from revify._refusals import reason
 
 
@@ -76,14 +77,15 @@ class Tail:
 
 
 class Update(torch.autograd.Function):
-    """``Update.apply(name, coupling, skip, f, keep, tail, context, p, p_in, q_in, p_shadow, q_shadow, *tensors)``
-    returns ``r, q_shadow, r_shadow, *sides``.
+    """``Update.apply(name, coupling, grid, skip, parts, slices, keep, tail, context, p, p_in, q_in, p_shadow, q_shadow,
+    *tensors)`` returns ``r, q_shadow, r_shadow, *sides``.
 
-    ``skip`` and ``f`` are the evaluations to make (None: the identity, nothing) of ``p_in`` and ``q_in``, the streams'
-    values as they read them (``p_in`` is None without a skip); ``keep`` the operations of f whose outputs to keep, by
-    number; ``tensors`` are the context inputs of ``f`` that are tensors, then the tensors of ``skip``, then those of
-    ``f``. ``sides`` are the tensors among the values that f returns besides a; those that are none are left in
-    ``f.sides``, a list with None in the places of tensors.
+    ``grid`` is that of p, or None; ``skip`` the evaluation to make of ``p_in`` (both None: the identity); ``parts``
+    those of f to make of ``q_in``: one, one for each of the ``slices``, or none. ``p_in`` and ``q_in`` are the streams'
+    values as they are read, ``keep`` the operations of f whose outputs to keep, by number; ``tensors`` are the context
+    inputs of f that are tensors, then the tensors of skip, then those of f. ``sides`` are the tensors among the values
+    that f returns besides a; those that are none are left in ``parts[0].sides``, a list with None in the places of
+    tensors.
     """
 
     @staticmethod
@@ -91,8 +93,10 @@ class Update(torch.autograd.Function):
         ctx: Any,
         name: str,
         coupling: Coupling,
+        grid: Tensor | None,
         skip: Evaluation | None,
-        f: Evaluation | None,
+        parts: Sequence[Evaluation],
+        slices: Slices | None,
         keep: Collection[int],
         tail: Tail,
         context: Sequence[Any],
@@ -105,19 +109,24 @@ class Update(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
         ctx.tail = tail
-        ctx.name, ctx.coupling, ctx.skip, ctx.f, ctx.context = name, coupling, skip, f, _without_tensors(context)
+        ctx.name, ctx.coupling, ctx.grid = name, coupling, grid
+        ctx.skip, ctx.parts, ctx.slices, ctx.context = skip, parts, slices, without_tensors(context)
         ctx.strides, ctx.p_dtype, ctx.q_dtype = p.stride(), p_in.dtype if p_in is not None else None, q_in.dtype
-        r = coupling.enter(skip.first(p_in)) if skip else p
+        r = skip.first(p_in).to(coupling.state) if skip else p
         sides: list[Tensor] = []
-        if f is not None:
-            version = version_of(q_in)
-            a, sides = f.split(f.first(q_in, *context, keep=keep))
-            check_not_overwritten(name, q_in, version)
+        version = version_of(q_in)
+        if slices is not None:
+            r = coupled(
+                slices, parts, lambda p, a: coupling.couple(p, fitting(name, p, a), grid), r, q_in, context, keep
+            )
+        elif parts:
+            a, sides = parts[0].split(parts[0].first(q_in, *context, keep=keep))
             a = fitting(name, r, a)
-            r = coupling.couple_into(r, a)
-        outputs = f.tape.take_outputs() if f else []
-        ctx.n_outputs = len(outputs)
-        ctx.save_for_backward(p if skip else None, *outputs, *tensors)
+            r = coupling.couple_into(r, a, grid)
+        check_not_overwritten(name, q_in, version)
+        outputs = [part.tape.take_outputs() for part in parts]
+        ctx.n_outputs = [len(some) for some in outputs]
+        ctx.save_for_backward(p if skip else None, *itertools.chain(*outputs), *tensors)
         r_shadow = shadow_of(r)
         if skip:
             ctx.mark_non_differentiable(r_shadow)
@@ -125,16 +134,16 @@ class Update(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dr: Tensor | None, q: Tensor | None, r: Tensor | None, *d_sides: Any) -> tuple[Any, ...]:
-        (kept_p,), outputs, tensors = _split(ctx.saved_tensors, 1, ctx.n_outputs)
-        coupling, skip, f = ctx.coupling, ctx.skip, ctx.f
+        (kept_p,), *outputs, tensors = _split(ctx.saved_tensors, 1, *ctx.n_outputs)
+        coupling, skip, parts, slices = ctx.coupling, ctx.skip, ctx.parts, ctx.slices
         if q is None or (r is None and skip is None):
             if ctx.tail.state is None:
                 raise ReconstructionError(_OPEN.format(name=ctx.name))
             q, r = ctx.tail.state
         else:
             ctx.tail.state = None
-        needs_p_in, needs_q = ctx.needs_input_grad[8:10]
-        needs = ctx.needs_input_grad[12:]
+        needs_p_in, needs_q = ctx.needs_input_grad[10:12]
+        needs = ctx.needs_input_grad[14:]
         n_context = sum(x is None for x in ctx.context)
         n_skip = len(skip.tensors) if skip else 0
         of_context, of_skip, of_f = _split(tensors, n_context, n_skip)
@@ -146,21 +155,29 @@ class Update(torch.autograd.Function):
         d_f: Sequence[Tensor | None] = [None] * len(of_f)
         if skip is not None:
             p_in = coupling.read(kept_p).to(ctx.p_dtype)
-            vjp = _replay(skip, [p_in], [needs_p_in], of_skip, need_skip)[1]
+            vjp = replay(skip, [p_in], [needs_p_in], of_skip, need_skip)[1]
             (dp_in,), d_skip = vjp(dr)
             p, dp = kept_p if torch.is_grad_enabled() else kept_p.detach(), None  # not the tensor that is kept
-        if f is not None:
-            q_in = coupling.read(q).to(ctx.q_dtype)
+        q_in = coupling.read(q).to(ctx.q_dtype)
+        if slices is not None and dr is not None:
+            in_place = r is not None and not torch.is_grad_enabled() and is_alone(r)
+            take = coupling.uncouple_in_place if in_place else coupling.uncouple
+            uncouple = None if skip else lambda r, a: take(r, fitting(ctx.name, r, a), ctx.grid)
+            of = (q_in, needs_q), (of_context, need_context), (of_f, need_f)
+            ps, dq, d_context, d_f = pulled(slices, parts, uncouple, *of, ctx.context, outputs, r, dr)
+            if skip is None:
+                p = _with_strides(r if in_place and r is not None else slices.joined(ps), ctx.strides)
+        elif parts:
             take_part = [q_in, *of_context], [needs_q, *need_context], of_f, need_f
-            a, vjp = _replay(f, *take_part, context=ctx.context, outputs=outputs)
+            a, vjp = replay(parts[0], *take_part, context=ctx.context, outputs=outputs[0])
             if skip is None:
                 assert r is not None
                 a = fitting(ctx.name, r, a)
-                p = coupling.uncouple(r, a) if torch.is_grad_enabled() else coupling.uncouple_into(r, a)
-                p = _with_strides(p, ctx.strides)
+                uncouple_whole = coupling.uncouple if torch.is_grad_enabled() else coupling.uncouple_into
+                p = _with_strides(uncouple_whole(r, a, ctx.grid), ctx.strides)
             del a  # what a branch returns is the largest of what it makes, as a rule, and seldom kept in its graph
             (dq, *d_context), d_f = vjp(dr, d_sides)
-        return (None, None, None, None, None, None, None, dp, dp_in, dq, p, q, *d_context, *d_skip, *d_f)
+        return (*[None] * 9, dp, dp_in, dq, p, q, *d_context, *d_skip, *d_f)
 
 
 class Recompute(torch.autograd.Function):
@@ -177,85 +194,9 @@ class Recompute(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
         inputs, tensors = _split(ctx.saved_tensors, ctx.n_inputs)
         need_inputs, need_tensors = _split(ctx.needs_input_grad[2:], ctx.n_inputs)
-        vjp = _replay(ctx.f, inputs, need_inputs, tensors, need_tensors)[1]
+        vjp = replay(ctx.f, inputs, need_inputs, tensors, need_tensors)[1]
         d_inputs, d_tensors = vjp(dy)
         return (None, None, *d_inputs, *d_tensors)
-
-
-Gradients = list[Tensor | None]
-
-
-def _replay(
-    f: Evaluation,
-    inputs: Sequence[Tensor],
-    need_inputs: Sequence[bool],
-    tensors: Sequence[Tensor],
-    need_tensors: Sequence[bool],
-    context: Sequence[Any] = (),
-    outputs: Sequence[Tensor | None] = (),
-) -> tuple[Tensor, Callable[..., tuple[Gradients, Gradients]]]:
-    """``y = f(*inputs)`` evaluated again, detached, and the function that maps the gradients of y, and of the tensors
-    that f returns besides, once, to those of inputs and tensors; it does not hold y. ``outputs`` were kept."""
-    create_graph = torch.is_grad_enabled()
-    if create_graph:  # aliases, so that the derivatives are those of f alone, and not of what its input came from
-        inputs, tensors = ([x.expand_as(x) for x in given] for given in (inputs, tensors))
-    else:
-        inputs = [x.detach().requires_grad_(need) for x, need in zip(inputs, need_inputs, strict=True)]
-        tensors = [_leaf(w, need) for w, need in zip(tensors, need_tensors, strict=True)]
-    with torch.enable_grad():
-        y, sides = f.split(
-            f.again(tensors, *_with_tensors(context, inputs), outputs=outputs, differentiable_twice=create_graph)
-        )
-    if not create_graph and f.first_replay():
-        _check_leaves(f, (y, *sides), (*inputs, *tensors))
-    needs = [*need_inputs, *need_tensors]
-    wanted = [x for x, need in zip([*inputs, *tensors], needs, strict=True) if need]
-    edges = [get_gradient_edge(v) if v.requires_grad and wanted else None for v in (y, *sides)]
-    shape, dtypes, n_inputs = y.shape, [v.dtype for v in (y, *sides)], len(inputs)
-
-    def vjp(dy: Tensor | None, d_sides: Sequence[Tensor | None] = ()) -> tuple[Gradients, Gradients]:
-        found: Sequence[Tensor | None] = [None] * len(wanted)
-        dy = None if dy is None else dy.sum_to_size(shape)  # where the branch's result was expanded
-        given = [(e, dv.to(t)) for e, dv, t in zip(edges, (dy, *d_sides), dtypes) if e is not None and dv is not None]  # noqa: B905
-        if given:
-            found = torch.autograd.grad(
-                [e for e, _ in given], wanted, [dv for _, dv in given], allow_unused=True, create_graph=create_graph
-            )
-        gradient = iter(found)
-        gradients = [next(gradient) if need else None for need in needs]
-        return gradients[:n_inputs], gradients[n_inputs:]
-
-    return y if create_graph else y.detach(), vjp
-
-
-def _check_leaves(f: Evaluation, outputs: Sequence[Tensor], known: Sequence[Tensor]) -> None:
-    """Whatever a branch uses and requires grad must be among its parameters and arguments, or it would get none."""
-    ends = {get_gradient_edge(x).node for x in known if x.requires_grad}
-    pending = [y.grad_fn for y in outputs if y.grad_fn is not None]
-    seen = set(pending)
-    while pending:
-        node = pending.pop()
-        variable = getattr(node, "variable", None)
-        if variable is not None and node not in ends:
-            raise RevifyError(_UNKNOWN.format(shape=tuple(variable.shape), where=f.described()))
-        for following, _ in node.next_functions:
-            if following is not None and following not in seen:
-                seen.add(following)
-                pending.append(following)
-
-
-_UNKNOWN = (
-    "{where}: the branch uses a tensor of shape {shape} that requires grad and is neither a parameter of it nor one of "
-    "its arguments, so it would get no gradient. Register it (nn.Parameter, nn.ModuleList), or pass it as an argument."
-)
-
-
-def _leaf(w: Tensor, need: bool) -> Tensor:
-    """``w`` to differentiate by. A tensor hook on w must see its gradient once, outside of the replay; the
-    gradient by a tensor with a history must not look further back."""
-    if w.is_leaf and not w._backward_hooks:
-        return w
-    return w.detach().requires_grad_(need)
 
 
 def _with_strides(x: Tensor, strides: tuple[int, ...]) -> Tensor:
@@ -315,17 +256,3 @@ def _split(values: Sequence[Any], *lengths: int) -> list[list[Any]]:
         pieces.append(list(values[start : start + length]))
         start += length
     return [*pieces, list(values[start:])]
-
-
-def _without_tensors(context: Sequence[Any]) -> list[Any]:
-    """Each entry that is no tensor, as it is before the branch is evaluated, as a 1-tuple; each tensor as None: tensors
-    are saved by autograd."""
-    return [None if isinstance(x, Tensor) else (snapshot(x),) for x in context]
-
-
-def _with_tensors(context: Sequence[Any], inputs: Sequence[Tensor]) -> list[Any]:
-    """The inverse of `_without_tensors`: the first input, then the context with its tensors filled in."""
-    if not context:
-        return list(inputs)
-    tensors = iter(inputs[1:])
-    return [inputs[0], *(next(tensors) if x is None else snapshot(x[0]) for x in context)]

@@ -114,7 +114,7 @@ class _Watch:
         self.states = states
 
     def __call__(
-        self, name: str, exact: bool, x1: Tensor, x2: Tensor, shadow1: Tensor, shadow2: Tensor
+        self, name: str, extent: Any, x1: Tensor, x2: Tensor, shadow1: Tensor, shadow2: Tensor
     ) -> tuple[Tensor, Tensor]:
         noted: tuple[Tensor, Tensor] = _Compare.apply(self.states, name, x1, x2, shadow1, shadow2)
         return noted

@@ -10,11 +10,11 @@ from revify._conversion.convert import convert
 from revify.models._resnet import ResNet, cifar_resnet, resnet110, resnet164
 
 
-def revnet(resnet: ResNet) -> nn.Module:
+def revnet(resnet: ResNet, *, exact: bool = True) -> nn.Module:
     """The RevNet of a pre-activation ResNet, as in the paper: the stem is widened and its output split in two, the
     final streams are concatenated, and each stream has projections of its own. Two consecutive units of the ResNet
-    are F and G of one block of the RevNet."""
-    return convert(resnet, entry="widen", exit="concat", tie_shortcuts=False)
+    are F and G of one block of the RevNet. ``exact`` is as in `convert`."""
+    return convert(resnet, entry="widen", exit="concat", tie_shortcuts=False, exact=exact)
 
 
 def revnet38(num_classes: int = 10) -> nn.Module:

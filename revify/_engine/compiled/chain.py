@@ -53,10 +53,12 @@ def update(
         shadow.clear()
     if not run.inverts(state.index) or run.anchor is None:
         coupling = run.coupling
-        turn = Turn(where, coupling, x[p])
+        turn = Turn(where, coupling, x[p], None if skip is not None else state.grid[p])
         p_in = None if skip is None else coupling.read(x[p])
         with Repeatable(run.random, None):  # the same masks, so that the two ways can be compared
             x[p] = take_turn(turn, skip, f, p_in, coupling.read(x[q]), context)
+        if skip is not None:
+            x[p], state.grid[p] = coupling.enter(x[p])
         return turn.sides
     if not shadow:
         shadow[1], shadow[2] = Enter.apply(*_distinct([run.anchor, x[1], x[2]]))
@@ -69,13 +71,18 @@ def update(
         of_f = CompiledEvaluation(where, f, run.random, run.coupling.read(x[q]), context)
         sides = of_f.sides
     kept = [*(of_skip.tensors if of_skip is not None else ()), *(of_f.tensors if of_f is not None else ())]
+    grid = None if skip is not None else state.grid[p]
+    if grid is not None:
+        kept.append(grid)
     guarded = not state.guarded
     if guarded:
         kept.append(samples(x[1].detach(), x[2].detach()))
-    made = _Update(where, run.coupling, p, of_skip, of_f, guarded)
+    made = _Update(where, run.coupling, p, of_skip, of_f, grid is not None, guarded)
     outputs = [None if e is None else e.output for e in (of_skip, of_f)]
     arguments = _distinct([x[p], x[q], shadow[p], shadow[q], *outputs, *kept])
     x[p], shadow[q], shadow[p] = _UpdateFunction.apply(made, *arguments)
+    if skip is not None:
+        x[p], state.grid[p] = run.coupling.enter(x[p])
     state.guarded = not (skip is not None and writes == 2)
     return sides
 
@@ -117,15 +124,18 @@ class _Update:
         writes: int,
         skip: CompiledEvaluation | None,
         f: CompiledEvaluation | None,
+        on_grid: bool,
         guarded: bool,
     ) -> None:
         self.name, self.coupling, self.writes = name, coupling, writes
-        self.skip, self.f, self.guarded = skip, f, guarded
+        self.skip, self.f, self.on_grid, self.guarded = skip, f, on_grid, guarded
         self.n_skip = 0 if skip is None else len(skip.tensors)
 
 
 class _UpdateFunction(torch.autograd.Function):
-    """``apply(update, p, q, p_shadow, q_shadow, skip(p), f(q), *tensors) -> r, q_shadow, r_shadow``."""
+    """``apply(update, p, q, p_shadow, q_shadow, skip(p), f(q), *tensors) -> r, q_shadow, r_shadow``.
+
+    ``tensors`` are those of skip and of f, the grid where there is one, and samples where the guard stands."""
 
     @staticmethod
     def forward(
@@ -142,9 +152,9 @@ class _UpdateFunction(torch.autograd.Function):
         coupling = update.coupling
         ctx.update = update
         ctx.save_for_backward(*([] if s is None else [p]), *tensors)
-        r = p if s is None else coupling.enter(s)
+        r = p if s is None else s.to(coupling.state)
         if a is not None:
-            r = coupling.couple(r, fitting(update.name, r, a))
+            r = coupling.couple(r, fitting(update.name, r, a), _grid_in(update, tensors))
         r = r + after(r, r)
         return r, shadow_of(q), shadow_of(r)
 
@@ -155,6 +165,7 @@ class _UpdateFunction(torch.autograd.Function):
         tensors = list(ctx.saved_tensors)
         p = tensors.pop(0) + after(dr, dr) if skip is not None else r
         expected = tensors.pop() if update.guarded else None
+        grid = tensors.pop() if update.on_grid else None
         of_skip, of_f = tensors[: update.n_skip], tensors[update.n_skip :]
 
         dp: Tensor | None = dr
@@ -166,7 +177,7 @@ class _UpdateFunction(torch.autograd.Function):
             a, pull = f.again(coupling.read(q), of_f)
             if skip is None:
                 with torch.no_grad():
-                    p = coupling.uncouple(r, fitting(update.name, r, a))
+                    p = coupling.uncouple(r, fitting(update.name, r, a), grid)
                     p = p + after(p, dr)
         if expected is not None:
             x1, x2 = (p, q) if update.writes == 1 else (q, p)
@@ -179,7 +190,11 @@ class _UpdateFunction(torch.autograd.Function):
             _, pull = skip.again(coupling.read(p), of_skip)
             dp, *d_skip = pull(dr)
             dp = None if dp is None else dp.to(p.dtype)
-        return (None, dp, dq, p, q, None, None, *d_skip, *d_f, *([] if expected is None else [None]))
+        return (None, dp, dq, p, q, None, None, *d_skip, *d_f, *[None] * (update.on_grid + update.guarded))
+
+
+def _grid_in(update: _Update, tensors: Sequence[Tensor]) -> Tensor | None:
+    return tensors[-2 if update.guarded else -1] if update.on_grid else None
 
 
 class _Recompute(torch.autograd.Function):
