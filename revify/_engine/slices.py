@@ -46,8 +46,13 @@ class Slices:
         start, stop = self.bounds[number]
         return x.narrow(self.dim, start, stop - start)
 
+    def read(self, x: Tensor, number: int) -> Tensor:
+        """As `of`, for a branch: of a sequence dense, as the whole is, so that the same kernels are chosen."""
+        part = self.of(x, number)
+        return part.contiguous() if self.dim else part
+
     def context(self, context: Sequence[Any], number: int) -> list[Any]:
-        return [self.of(x, number) if cut else x for x, cut in zip(context, self.cut, strict=True)]
+        return [self.read(x, number) if cut else x for x, cut in zip(context, self.cut, strict=True)]
 
     def joined(self, pieces: Sequence[Tensor]) -> Tensor:
         return torch.cat(list(pieces), self.dim)
@@ -133,6 +138,8 @@ def _run(
 
 def _hollow(x: Tensor, sizes: dict[int, int]) -> Tensor:
     shape = [sizes.get(d, n) for d, n in enumerate(x.shape)]
+    if 1 in sizes:
+        return torch.empty(shape, dtype=x.dtype, device=x.device)  # see `Slices.read`
     return torch.empty_strided(shape, x.stride(), dtype=x.dtype, device=x.device)
 
 
@@ -144,7 +151,7 @@ def evaluated(slices: Slices | None, f: Callable[..., Any], x: Tensor, context: 
     context = [
         x.expand_as(x) if isinstance(x, Tensor) and not cut else x for x, cut in zip(context, slices.cut, strict=True)
     ]
-    return slices.joined([f(slices.of(x, i), *slices.context(context, i)) for i in range(len(slices))])
+    return slices.joined([f(slices.read(x, i), *slices.context(context, i)) for i in range(len(slices))])
 
 
 def coupled(
@@ -159,7 +166,7 @@ def coupled(
     """``r = p + f(q)``: the first evaluations, by ``parts``, one for each slice."""
     r = torch.empty_like(p)
     for i, f in enumerate(parts):
-        a, _ = f.split(f.first(slices.of(q, i), *slices.context(context, i), keep=keep))
+        a, _ = f.split(f.first(slices.read(q, i), *slices.context(context, i), keep=keep))
         slices.of(r, i).copy_(couple(slices.of(p, i), a))
     return r
 
@@ -184,7 +191,7 @@ def pulled(
     d_f: Gradients = [None] * len(of_f[0])
     # The last slice first, as autograd goes through a graph: sums of gradients are then the same to the bit.
     for i in reversed(range(len(slices))):
-        inputs = [slices.of(q[0], i), *(slices.of(x, i) if c else x for x, c in zip(of_context[0], cut, strict=True))]
+        inputs = [slices.read(q[0], i), *(slices.read(x, i) if c else x for x, c in zip(of_context[0], cut, strict=True))]
         a, vjp = replay(parts[i], inputs, [q[1], *of_context[1]], *of_f, context=context, outputs=outputs[i])
         if uncouple is not None and r is not None:
             ps.insert(0, uncouple(slices.of(r, i), a))
