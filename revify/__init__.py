@@ -4,7 +4,7 @@ from revify import models
 from revify._analysis.report import Report
 from revify._conversion.convert import convert, explain, report
 from revify._engine.chain import ReversibleChain, store_activations
-from revify._engine.evaluation import is_replaying
+from revify._engine.surroundings import is_replaying
 from revify._errors import NotConvertibleError, ReconstructionError, RevifyError
 from revify._measure import kept_bytes, peak_bytes
 from revify._tools.estimate import Estimate, StepMemory, estimate

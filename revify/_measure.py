@@ -103,6 +103,7 @@ class Storages(TorchDispatchMode):
         self.peak_moment: int = 0
         self.made: list[Life] = []
         self._known: dict[int, Life] = {}
+        self._finalizers: list[Any] = []
 
     def life(self, tensor: Tensor) -> Life | None:
         """That of the storage that the tensor lies in."""
@@ -127,7 +128,12 @@ class Storages(TorchDispatchMode):
         self.now += life.bytes
         if self.now > self.peak:
             self.peak, self.peak_moment = self.now, self.moment
-        weakref.finalize(storage, self._release, storage._cdata)
+        self._finalizers.append(weakref.finalize(storage, self._release, storage._cdata))
+
+    def __exit__(self, *raised: Any) -> None:
+        for finalizer in self._finalizers:
+            finalizer.detach()
+        super().__exit__(*raised)
 
     def _release(self, storage: int) -> None:
         self.moment += 1

@@ -74,7 +74,7 @@ def wrong_sign(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def no_dropout_mask(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(evaluation, "_drawn_from", lambda before: [])
+    monkeypatch.setattr(evaluation, "drawn_from", lambda before: [])
 
 
 def stale_weight(monkeypatch: pytest.MonkeyPatch) -> None:

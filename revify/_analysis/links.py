@@ -134,13 +134,11 @@ def _graph(model: nn.Module, found: Blocks) -> Trace | None:
 
     inlined: list[nn.Module] = []
 
-    def visit(module: nn.Module) -> None:
-        for child in module.children():
-            if not is_call(child):
-                inlined.append(child)
-                visit(child)
-
-    visit(model)
+    pending = [model]
+    while pending:
+        opened = [child for child in pending.pop().children() if not is_call(child)]
+        inlined += opened
+        pending += opened
     key, names = call_key(type(model).forward.__get__(model))
     try:
         return trace(model, key, names, inlined, None)

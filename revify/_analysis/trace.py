@@ -41,7 +41,10 @@ def trace(
     while True:
         tracer = Tracer(module, forward, key, names, inlined, functions, values)
         try:
-            return tracer.result()
+            try:
+                return tracer.result()
+            finally:
+                vars(tracer).clear()  # tracing leaves a cycle behind, which would hold the module
         except Untraceable:
             raise
         except Exception as error:

@@ -174,26 +174,11 @@ class _Rewriting:
             if copies and self._start(unit) is inputs[0]:
                 copies.setdefault(unit.z, copies[inputs[0]])
 
-        def operand(path: str) -> str:
-            flat = path.replace(".", "_") or "itself"
-            while paths.setdefault(flat, path) != path:
-                flat += "_"
-            return flat
-
-        def copied(node: fx.Node) -> fx.Node:
-            if node not in copies and node.op == "get_attr":
-                if "constant" in node.meta:
-                    copies[node] = graph.call_function(Constant(node.meta["constant"]), ())
-                else:
-                    copies[node] = graph.get_attr(operand(str(node.target)))
-            if node not in copies and self.ops.is_shape_read(node):
-                copies[node] = _emit(graph, node, copied, str(node.target))
-            return copies[node]
-
+        copied = _Copies(graph, self.ops, copies, paths)
         for node in nodes:
             if node.op == "get_attr":
                 continue
-            target = operand(str(node.target)) if node.op == "call_module" else str(node.target)
+            target = copied.operand(str(node.target)) if node.op == "call_module" else str(node.target)
             if node in heads:
                 (before,) = (n for n in node.all_input_nodes if n in copies)
                 if node.op == "call_module" and self.ops.is_activation(node):
@@ -203,8 +188,32 @@ class _Rewriting:
                     copies[before] = graph.call_method("clone", (copies[before],))
             copies[node] = _emit(graph, node, copied, target)
         total = _sum(graph, [(copied(node), factor) for node, factor in result])
-        graph.output((total, *(copied(side) for side in sides)) if sides else total)
+        graph.output((total, *[copied(side) for side in sides]) if sides else total)
         return Region(code_of(graph), paths, len(sides))
+
+
+class _Copies:
+    """A node's copy in a region's graph, made when it is first asked for: of attributes, and of reads of shapes."""
+
+    def __init__(self, graph: fx.Graph, ops: Operations, copies: dict[fx.Node, fx.Node], paths: dict[str, str]) -> None:
+        self.graph, self.ops, self.copies, self.paths = graph, ops, copies, paths
+
+    def operand(self, path: str) -> str:
+        """The name in the region for what is at ``path``."""
+        flat = path.replace(".", "_") or "itself"
+        while self.paths.setdefault(flat, path) != path:
+            flat += "_"
+        return flat
+
+    def __call__(self, node: fx.Node) -> fx.Node:
+        if node not in self.copies and node.op == "get_attr":
+            if "constant" in node.meta:
+                self.copies[node] = self.graph.call_function(Constant(node.meta["constant"]), ())
+            else:
+                self.copies[node] = self.graph.get_attr(self.operand(str(node.target)))
+        if node not in self.copies and self.ops.is_shape_read(node):
+            self.copies[node] = _emit(self.graph, node, self, str(node.target))
+        return self.copies[node]
 
 
 def _emit(graph: fx.Graph, node: fx.Node, read: Any, target: str) -> fx.Node:

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 
 from revify._errors import RevifyError
 
+_KINDS = 64  # of inputs that a planner remembers
 _TRIES = 64  # numbers of stored updates, evenly spread
 
 
@@ -140,7 +141,7 @@ class Planner:
         self.plain = 0.0  # the bytes of plain autograd for the input of this step; 0: not known yet
         self.last: Choice | None = None
         self._measured: dict[Hashable, tuple[int, int, list[Cost]]] = {}  # with the size and the plain bytes then
-        self._choices: dict[Hashable, Choice] = {}
+        self._choices: dict[tuple[Hashable, float], Choice] = {}
 
     def choice(self, kind: Hashable, size: int) -> Choice | None:
         """The choice for an input of a kind (its shape but for the batch, its dtype) and of a size, in proportion to
@@ -158,6 +159,10 @@ class Planner:
 
     def learn(self, kind: Hashable, size: int, costs: Sequence[Cost]) -> None:
         """Takes the costs of the updates for an input of a kind and of a size."""
+        while len(self._measured) >= _KINDS:
+            oldest = next(iter(self._measured))
+            del self._measured[oldest]
+            self._choices = {key: choice for key, choice in self._choices.items() if key[0] != oldest}
         self._measured[kind] = size, sum(cost.stored for cost in costs), list(costs)
         self.choice(kind, size)
 

@@ -21,6 +21,7 @@ class Code:
     def __init__(self, source: str, names: Mapping[str, str], objects: Mapping[str, Any]) -> None:
         self.source = source
         self.names, self.objects = dict(names), dict(objects)
+        self.may_draw: bool | None = None  # see `draws`
         self.function = self._compile()
 
     def _compile(self) -> Callable[..., Any]:

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import get_gradient_edge
+from torch.autograd.graph import _engine_run_backward, get_gradient_edge
 
 from revify._arguments import snapshot
 from revify._engine.evaluation import Evaluation
@@ -34,12 +34,14 @@ def replay(
         inputs = [x.detach().requires_grad_(need) for x, need in zip(inputs, need_inputs, strict=True)]
         tensors = [_leaf(w, need) for w, need in zip(tensors, need_tensors, strict=True)]
     with torch.enable_grad():
+        # aliases, no leaves: hooks on modules may put hooks on their inputs, which `autograd.grad` would have to run
+        given = [x if create_graph else torch.ops.aten.alias.default(x) for x in inputs]
         y, sides = f.split(
-            f.again(tensors, *with_tensors(context, inputs), outputs=outputs, differentiable_twice=create_graph)
+            f.again(tensors, *with_tensors(context, given), outputs=outputs, differentiable_twice=create_graph)
         )
-    if not create_graph and f.first_replay():
+    if not create_graph:
         _check_leaves(f, (y, *sides), (*inputs, *tensors))
-    needs = [*need_inputs, *need_tensors]
+    needs = [n and x.requires_grad for n, x in zip([*need_inputs, *need_tensors], [*inputs, *tensors], strict=True)]
     wanted = [x for x, need in zip([*inputs, *tensors], needs, strict=True) if need]
     edges = [get_gradient_edge(v) if v.requires_grad and wanted else None for v in (y, *sides)]
     shape, dtypes, n_inputs = y.shape, [v.dtype for v in (y, *sides)], len(inputs)
@@ -49,8 +51,15 @@ def replay(
         dy = None if dy is None else dy.sum_to_size(shape)  # where the branch's result was expanded
         given = [(e, dv.to(t)) for e, dv, t in zip(edges, (dy, *d_sides), dtypes) if e is not None and dv is not None]  # noqa: B905
         if given:
-            found = torch.autograd.grad(
-                [e for e, _ in given], wanted, [dv for _, dv in given], allow_unused=True, create_graph=create_graph
+            # what `torch.autograd.grad` does when it has checked its arguments
+            found = _engine_run_backward(
+                tuple(e for e, _ in given),
+                tuple(dv for _, dv in given),
+                create_graph,
+                create_graph,
+                tuple(wanted),
+                allow_unreachable=True,
+                accumulate_grad=False,
             )
         gradient = iter(found)
         gradients = [next(gradient) if need else None for need in needs]
@@ -61,23 +70,24 @@ def replay(
 
 def _check_leaves(f: Evaluation, outputs: Sequence[Tensor], known: Sequence[Tensor]) -> None:
     """Whatever a branch uses and requires grad must be among its parameters and arguments, or it would get none."""
-    ends = {get_gradient_edge(x).node for x in known if x.requires_grad}
-    pending = [y.grad_fn for y in outputs if y.grad_fn is not None]
+    ends = {id(x) for x in known}
+    pending: list[Any] = [y.grad_fn for y in outputs if y.grad_fn is not None]
     seen = set(pending)
     while pending:
         node = pending.pop()
-        variable = getattr(node, "variable", None)
-        if variable is not None and node not in ends:
-            raise RevifyError(_UNKNOWN.format(shape=tuple(variable.shape), where=f.described()))
+        if type(node) is _ACCUMULATION and id(node.variable) not in ends:
+            raise RevifyError(_UNKNOWN.format(shape=tuple(node.variable.shape), where=f.described()))
         for following, _ in node.next_functions:
             if following is not None and following not in seen:
                 seen.add(following)
                 pending.append(following)
 
 
+_ACCUMULATION: Any = type(get_gradient_edge(torch.zeros((), requires_grad=True)).node)
 _UNKNOWN = (
     "{where}: the branch uses a tensor of shape {shape} that requires grad and is neither a parameter of it nor one of "
-    "its arguments, so it would get no gradient. Register it (nn.Parameter, nn.ModuleList), or pass it as an argument."
+    "its arguments, so it would get no gradient. Register it (nn.Parameter, nn.ModuleList), or pass it as an argument; "
+    "where a module inside of the branch is sharded by itself, shard the block instead."
 )
 
 

@@ -191,7 +191,10 @@ def pulled(
     d_f: Gradients = [None] * len(of_f[0])
     # The last slice first, as autograd goes through a graph: sums of gradients are then the same to the bit.
     for i in reversed(range(len(slices))):
-        inputs = [slices.read(q[0], i), *(slices.read(x, i) if c else x for x, c in zip(of_context[0], cut, strict=True))]
+        inputs = [
+            slices.read(q[0], i),
+            *(slices.read(x, i) if c else x for x, c in zip(of_context[0], cut, strict=True)),
+        ]
         a, vjp = replay(parts[i], inputs, [q[1], *of_context[1]], *of_f, context=context, outputs=outputs[i])
         if uncouple is not None and r is not None:
             ps.insert(0, uncouple(slices.of(r, i), a))

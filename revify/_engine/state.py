@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
@@ -16,12 +17,14 @@ from torch import Tensor
 from revify._engine import compiled
 from revify._engine.budget import Budget, Cost, Planner
 from revify._engine.coupling import Coupling
-from revify._engine.evaluation import Evaluation, autocast_state, casts_not_shared
+from revify._engine.evaluation import Evaluation
 from revify._engine.guard import Extent, Guard
 from revify._engine.region import Function, parameters_of
 from revify._engine.slices import slices_for
+from revify._engine.surroundings import autocast_state, casts_not_shared
 from revify._engine.turn import Turn, take_turn
 from revify._engine.update import Enter, Leave, Recompute, Tail
+from revify._errors import RevifyError
 
 _LOOKS = 8  # updates between two looks at the state's extent
 Through = Callable[..., Tensor]  # calls `take_turn`, itself or by way of a module
@@ -129,6 +132,8 @@ class State:
         axis: Any = None,
     ) -> State:
         """The start of a chain."""
+        if x1.is_nested:
+            raise RevifyError(f"{name}: nested tensors have no streams: pad them, or use revify.store_activations.")
         gradients = torch.is_grad_enabled() and not torch.compiler.is_exporting()
         exact = settings.exact and (training or gradients) and not _transformed()
         coupling = Coupling(torch.promote_types(x1.dtype, x2.dtype), exact)
@@ -263,7 +268,7 @@ class State:
         through: Through | None,
     ) -> Any:
         run, p, q = self.run, writes, 3 - writes
-        inverts = run.inverts(self.index)
+        inverts = run.inverts(self.index) and not _is_lazy(skip, f)
         if inverts and not self.shadow:
             # What lies ahead of the first update that needs a gradient need not be reconstructed.
             anchor = run.anchor = run.anchor if run.anchor is not None else _anchor(self.x, context, skip, f)
@@ -307,7 +312,23 @@ def _transformed() -> bool:
     """Whether a transform of `torch.func`, or `torch.jit.trace`, is at work, which sees into no autograd function."""
     if torch.compiler.is_compiling():
         return False
-    return torch._C._functorch.peek_interpreter_stack() is not None or torch.jit.is_tracing()  # type: ignore[attr-defined]
+    functional = torch._C._functorch.peek_interpreter_stack() is not None
+    return functional or torch._C._get_tracing_state() is not None or torch.autograd.forward_ad._current_level >= 0
+
+
+def _is_lazy(*functions: Function | None) -> bool:
+    """Whether parameters are made in this call, whose shapes autograd does not know yet."""
+    return any(f is not None and getattr(f, "region", f) not in _made and not _are_made(f) for f in functions)
+
+
+def _are_made(f: Function) -> bool:
+    if any(isinstance(w, torch.nn.parameter.UninitializedParameter) for w in parameters_of(f)):
+        return False
+    _made.add(getattr(f, "region", f))
+    return True
+
+
+_made: WeakSet[Any] = WeakSet()  # functions whose parameters have shapes
 
 
 def _must_be_plain() -> bool:
@@ -317,7 +338,7 @@ def _must_be_plain() -> bool:
 
 def recomputed(function: Function, x: Tensor, settings: Settings, *more: Tensor) -> Any:
     """``function(x, *more)``, of which the inputs alone are kept for the backward pass."""
-    if not torch.is_grad_enabled() or settings.stores or _must_be_plain():
+    if not torch.is_grad_enabled() or settings.stores or _must_be_plain() or _is_lazy(function):
         return function(x, *more)
     if torch.compiler.is_compiling():
         return compiled.recompute(function, x, *more)

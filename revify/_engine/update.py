@@ -35,7 +35,7 @@ from revify._engine.coupling import Coupling, is_alone
 from revify._engine.evaluation import Evaluation
 from revify._engine.replay import replay, without_tensors
 from revify._engine.slices import Slices, coupled, pulled
-from revify._errors import ReconstructionError, UnitError
+from revify._errors import ReconstructionError, RevifyError, UnitError
 from revify._refusals import reason
 
 
@@ -136,6 +136,8 @@ class Update(torch.autograd.Function):
     def backward(ctx: Any, dr: Tensor | None, q: Tensor | None, r: Tensor | None, *d_sides: Any) -> tuple[Any, ...]:
         (kept_p,), *outputs, tensors = _split(ctx.saved_tensors, 1, *ctx.n_outputs)
         coupling, skip, parts, slices = ctx.coupling, ctx.skip, ctx.parts, ctx.slices
+        if any(e is not None and e.random for e in (skip, *parts)) and any(_is_batched(x) for x in (dr, *d_sides)):
+            raise RevifyError(_BATCHED.format(name=ctx.name))
         if q is None or (r is None and skip is None):
             if ctx.tail.state is None:
                 raise ReconstructionError(_OPEN.format(name=ctx.name))
@@ -247,6 +249,17 @@ _OPEN = (
 def _of_its_own(y: Tensor, inputs: Sequence[Tensor]) -> Tensor:
     """An alias where f handed one of its inputs on: autograd tells tensors apart by identity."""
     return y.view_as(y) if any(y is x for x in inputs) else y
+
+
+def _is_batched(x: Tensor | None) -> bool:
+    of = torch._C._functorch
+    return x is not None and (of.is_legacy_batchedtensor(x) or of.is_batchedtensor(x))
+
+
+_BATCHED = (
+    "{name}: a batch of gradients (is_grads_batched, vmap) cannot go through a branch that draws random numbers: they "
+    "would be drawn again. Use revify.store_activations(model), or take the gradients one after another."
+)
 
 
 def _split(values: Sequence[Any], *lengths: int) -> list[list[Any]]:

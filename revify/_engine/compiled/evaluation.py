@@ -13,9 +13,9 @@ from torch.nn.utils.stateless import _reparametrize_module
 
 from revify._arguments import flattened
 from revify._engine import batch_statistics
+from revify._engine.buffers import BATCH_STATISTICS
 from revify._engine.compiled.operators import after, copied
 from revify._engine.compiled.random import Random, Repeatable
-from revify._engine.evaluation import BATCH_STATISTICS
 from revify._engine.region import Function, operands_of, run_on, sides_of
 from revify._errors import RevifyError
 

@@ -1,0 +1,51 @@
+"""Whether a function may draw random numbers: asked of its code, so that most evaluations need not look at generators.
+
+Modules of `torch.nn` are known by their class, and a region's code by the functions that it calls. Whatever else there
+is (a class of one's own, a hook) may draw.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Iterable
+
+from torch import nn
+
+from revify._engine.region import After, Bound, Code, Function
+from revify._engine.stand_ins import Held
+
+_DRAWING = re.compile("drop|rand|bernoulli|normal_|multinomial|uniform|exponential|poisson|attention|rrelu|fractional")
+_QUIET_MODULES = ("torch.nn.functional.", "torch.", "_operator.", "operator.", "math.", "builtins.", "revify.")
+_WITH_DROPOUT = (nn.RNNBase, nn.Transformer, nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
+
+
+def may_draw(function: Function, held: Iterable[Held]) -> bool:
+    """``held`` are the modules that the function uses."""
+    for h in held:
+        if _is_quiet(type(h.module)):  # type: ignore[arg-type]
+            attributes = h.attributes
+            if attributes["_forward_hooks"] or attributes["_forward_pre_hooks"] or "forward" in attributes:
+                return True
+        elif not isinstance(h.module, nn.modules.dropout._DropoutNd) or h.module.p > 0:
+            return True
+    return _code_may_draw(function)
+
+
+@functools.cache
+def _is_quiet(cls: type) -> bool:
+    known = cls.__module__.startswith("torch.nn.modules.") and not issubclass(cls, _WITH_DROPOUT)
+    return known and not _DRAWING.search(cls.__name__.lower())
+
+
+def _code_may_draw(function: Function) -> bool:
+    if isinstance(function, After):
+        return _code_may_draw(function.head) or _code_may_draw(function.function)
+    return isinstance(function, Bound) and _source_may_draw(function.region.code)
+
+
+def _source_may_draw(code: Code) -> bool:
+    if code.may_draw is None:
+        foreign = [path for path in code.names.values() if not path.startswith(_QUIET_MODULES)]
+        code.may_draw = bool(code.objects or foreign or _DRAWING.search(code.source.lower()))
+    return code.may_draw
