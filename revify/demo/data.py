@@ -89,7 +89,7 @@ def _read(folder: Path, classes: tuple[str, ...], size: int) -> tuple[Tensor, Te
     if not files:
         raise RevifyError(f"{folder} holds no images.")
     images = np.empty((len(files), size, size, 3), np.uint8)
-    for i, (file, _) in enumerate(tqdm(files, desc=f"reading {folder}", unit="image", leave=False)):
+    for i, (file, _) in enumerate(tqdm(files, desc=f"reading {folder}", unit="image", leave=False, disable=None)):
         try:
             with Image.open(file) as image:
                 images[i] = np.asarray(ImageOps.fit(image.convert("RGB"), (size, size)))

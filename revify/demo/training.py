@@ -31,7 +31,7 @@ def train(model: nn.Module, data: Images, *, name: str, epochs: int, batch_size:
     steps = len(data.train_labels) // batch_size
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=2e-4, nesterov=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, total_steps=epochs * steps, pct_start=0.15)
-    with tqdm(total=epochs * steps, desc=name, unit="step") as bar:
+    with tqdm(total=epochs * steps, desc=name, unit="step", disable=None) as bar:
         for _ in range(epochs):
             model.train()
             order = torch.randperm(len(data.train_labels), generator=generator)[: steps * batch_size]
