@@ -5,93 +5,244 @@ from __future__ import annotations
 import argparse
 import importlib
 import importlib.util
+import inspect
+import json
+import logging
+import os
 import re
 import sys
-from collections.abc import Sequence
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib.metadata import version
+from pathlib import Path
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from revify._conversion.convert import convert, explain
-from revify._errors import RevifyError
+from revify._errors import NotConvertibleError, RevifyError
 from revify._table import megabytes
 from revify._tools.estimate import Estimate, estimate
 from revify._tools.largest import largest_that_fits
 from revify._tools.verify import verify
 
+_EPILOG = """\
+NAME is a model, made without trained weights:
+  resnet50                      torchvision's, or else timm's
+  torchvision:NAME, timm:NAME   of that library
+  package.module:function       what a function returns, called without arguments; also of the current folder
+  ./file.py:function            the same, of a file
+
+exit status:
+  0    done
+  1    the model or the data is wrong, as one line on stderr says; or, as the result says, nothing can be
+       converted (explain; with --strict not everything), or gradients are wrong (verify)
+  2    wrong usage
+  130  interrupted (Ctrl-C)
+  141  whoever read the output has gone (| head)
+"""
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command; returns the exit status: 0, or 1 where something is wrong with what was asked for."""
-    options = _parser().parse_args(arguments)
+    """Runs the command; returns the exit status, as ``--help`` lists them."""
+    logger = logging.getLogger("torch._subclasses.fake_tensor")  # prints what a model raises without values
+    before, logger.disabled = logger.disabled, True
     try:
-        return int(options.command(options) or 0)
-    except RevifyError as error:
-        print(f"revify: {error}", file=sys.stderr)
+        try:
+            options = _parser().parse_args(arguments)
+            return int(options.command(options) or 0)
+        finally:
+            logger.disabled = before
+            print(end="", flush=True)  # what cannot be written shall fail here
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the interpreter flushes it again at its end
+        return 141
+    except (RevifyError, OSError) as error:
+        print(f"revify: {_sentence(error)}", file=sys.stderr)
         return 1
 
 
 def load_model(name: str) -> nn.Module:
-    """A model without trained weights: ``package.module:function`` is called, other names are torchvision's,
-    then timm's.
+    """A model without trained weights, by its name on the command line.
 
     Raises:
         RevifyError: there is no such model.
     """
-    if ":" in name:
-        module_name, _, function = name.partition(":")
-        try:
-            model = getattr(importlib.import_module(module_name), function)()
-        except (ImportError, AttributeError) as error:
-            raise RevifyError(f"NAME {name!r} cannot be loaded: {error}") from error
-        if not isinstance(model, nn.Module):
-            raise RevifyError(f"NAME {name!r} must make a torch.nn.Module, got {type(model).__name__}.")
-        return model
-    looked_in = []
-    if importlib.util.find_spec("torchvision"):
-        from torchvision import models
+    try:
+        model = _made(name)
+    except RevifyError:
+        raise
+    except Exception as error:  # whatever the user's function raises
+        raise RevifyError(f"NAME {name!r} cannot be loaded: {_told(error)}") from error
+    if not isinstance(model, nn.Module):
+        raise RevifyError(f"NAME {name!r} must make a torch.nn.Module, got {type(model).__name__}.")
+    return model
 
-        looked_in.append("torchvision")
-        if name in models.list_models():
-            found: nn.Module = models.get_model(name, weights=None)
-            return found
-    if importlib.util.find_spec("timm"):
-        import timm
 
-        looked_in.append("timm")
-        if timm.is_model(name):
-            found = timm.create_model(name, pretrained=False)
-            return found
+def _made(name: str) -> Any:
+    place, _, last = name.rpartition(":")
+    if place and place not in _LIBRARIES:
+        return _without_weights(getattr(_file(Path(place)) if place.endswith(".py") else _module(place), last))
+    libraries = [place] if place else list(_LIBRARIES)
+    installed = [library for library in libraries if importlib.util.find_spec(library)]
+    for library in installed:
+        if (model := _LIBRARIES[library](last)) is not None:
+            return model
+    looked_in = " or ".join(installed) or f"{' or '.join(libraries)}, which {'is' if place else 'are'} not installed"
     raise RevifyError(
-        f"NAME {name!r} is no model of {' or '.join(looked_in) or 'torchvision or timm, which are not installed'}; "
-        "a function of your own is named package.module:function."
+        f"NAME {name!r} is no model of {looked_in}; "
+        "a function of your own is named package.module:function or ./file.py:function."
     )
 
 
+def _module(name: str) -> Any:
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())  # as python -m does
+    return importlib.import_module(name)
+
+
+def _file(path: Path) -> Any:
+    folder, name = str(path.resolve().parent), f"file_{path.stem}"  # a name that hides no other module
+    if folder not in sys.path:
+        sys.path.insert(0, folder)  # as python does, for what the file imports
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None
+    assert spec.loader is not None
+    sys.modules[name] = module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def _torchvision(name: str) -> Any:
+    from torchvision import models
+
+    return _without_weights(models.get_model_builder(name)) if name in models.list_models() else None
+
+
+def _timm(name: str) -> Any:
+    import timm
+
+    return timm.create_model(name, pretrained=False) if timm.is_model(name) else None
+
+
+_LIBRARIES = {"torchvision": _torchvision, "timm": _timm}
+
+
+def _without_weights(function: Any) -> Any:
+    """The function's result; torchvision's detectors would download a trained backbone."""
+    try:
+        downloads = "weights_backbone" in inspect.signature(function).parameters
+    except ValueError:  # of a builtin
+        downloads = False
+    return function(weights_backbone=None) if downloads else function()
+
+
+def _told(error: Exception) -> str:
+    return f"{type(error).__name__}: {_sentence(error)}".removesuffix(": ")
+
+
+def _sentence(error: Exception) -> str:
+    """The first line of the message; of the reasons against a conversion, which follow line by line, the first one."""
+    first, *more = str(error).strip().splitlines() or [""]
+    if not isinstance(error, NotConvertibleError) or not more:
+        return first
+    others = f" (revify explain lists {len(more) - 1} more)" if len(more) > 1 else ""
+    return f"{first} {more[0].strip(' -')}{others}"
+
+
+_PATIENCE = 2  # seconds
+
+
+@contextmanager
+def _progress(text: str) -> Iterator[None]:
+    """Where it takes longer than that, says on a terminal what is being done, and for how long."""
+    if not sys.stderr.isatty():
+        yield
+        return
+    done, start = threading.Event(), time.monotonic()
+
+    def tell() -> None:
+        done.wait(_PATIENCE)
+        while not done.is_set():
+            print(f"\r{text} ({time.monotonic() - start:.0f} s)", end="", file=sys.stderr, flush=True)
+            done.wait(1)
+        print("\r\x1b[K", end="", file=sys.stderr, flush=True)  # an empty line
+
+    teller = threading.Thread(target=tell, daemon=True)
+    teller.start()
+    try:
+        yield
+    finally:
+        done.set()
+        teller.join()
+
+
+@contextmanager
+def _input(options: argparse.Namespace, device: str) -> Iterator[Tensor]:
+    """A random input of the shape; what the model raises on it is told with the shape."""
+    given = f"--shape {'x'.join(map(str, options.shape))}"
+    try:
+        yield torch.randn(options.shape, device=device)
+    except NotConvertibleError:
+        raise
+    except RevifyError as error:
+        raise RevifyError(str(error).replace("example_inputs", given)) from error
+    except Exception as error:  # whatever the model raises
+        raise RevifyError(f"the model fails on {given}: {_told(error)}") from error
+
+
 def _explain(options: argparse.Namespace) -> int:
-    report = explain(load_model(options.name))
-    print(report)
-    return 0 if report.convertible else 1
+    with _progress(f"analysing {options.name}"):
+        model = load_model(options.name)
+        if options.shape is None:
+            report = explain(model, **_conversion(options))
+        else:
+            with _input(options, "cpu") as images:
+                report = explain(model, images, **_conversion(options))
+    print(_json(report.to_dict()) if options.json else report)
+    return 0 if report.convertible and not (options.strict and report.refusals) else 1
 
 
 def _estimate(options: argparse.Namespace) -> None:
-    model, images = load_model(options.name), torch.empty(options.shape, device="meta")
     autocast = getattr(torch, options.autocast) if options.autocast else None
 
-    def at(batch_size: int | None) -> Estimate:
-        return estimate(model, images, batch_size=batch_size, autocast=autocast, exact=options.exact)
+    with _progress(f"estimating {options.name}"):
+        model = load_model(options.name)
+        with _input(options, "meta") as images:
 
-    print(at(options.batch_size))
-    if options.memory:
-        largest = largest_that_fits(at, options.memory)
+            def at(batch_size: int | None) -> Estimate:
+                return estimate(model, images, batch_size=batch_size, autocast=autocast, **_conversion(options))
+
+            found = at(options.batch_size)
+            largest = largest_that_fits(at, options.memory) if options.memory else None
+    if options.json:
+        print(_json(found.to_dict() | ({"largest_batch": vars(largest)} if largest else {})))
+        return
+    print(found)
+    if largest:
         print(f"\nlargest batch in {megabytes(options.memory)}: {largest.plain} plain, {largest.reversible} reversible")
 
 
 def _verify(options: argparse.Namespace) -> int:
-    converted = convert(load_model(options.name), exact=options.exact)
-    result = verify(converted, torch.randn(options.shape))
-    print(result)
+    with _progress(f"verifying {options.name}"):
+        model = load_model(options.name)
+        with _input(options, "cpu") as images:
+            converted = convert(model, images, **_conversion(options))
+            if options.memory_budget is not None:  # spent once a step has been measured
+                converted.train()(images)
+            result = verify(converted, images)
+    print(_json(result.to_dict()) if options.json else result)
     return 0 if result.ok else 1
+
+
+def _json(figures: dict[str, Any]) -> str:
+    """JSON, in which infinity is a string, since it has no such number."""
+    return json.dumps(json.loads(json.dumps(figures), parse_constant=str), indent=2)
 
 
 def _demo(options: argparse.Namespace) -> None:
@@ -110,27 +261,28 @@ def _demo(options: argparse.Namespace) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser("revify", description="Reversible residual networks, as a transform.")
+    parser = argparse.ArgumentParser(
+        "revify",
+        description="Reversible residual networks, as a transform.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--version", action="version", version=f"revify {version('revify')}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     command = commands.add_parser("explain", help="show what a conversion would do")
-    command.add_argument("name", metavar="NAME", help="a torchvision or timm model, or package.module:function")
+    _add_model(command, None, "of an input to try it with; needed where the model's code asks for shapes (none)")
     command.set_defaults(command=_explain)
 
     command = commands.add_parser("estimate", help="predict the peak memory of a training step, plain and reversible")
-    command.add_argument("name", metavar="NAME", help="a torchvision or timm model, or package.module:function")
-    command.add_argument("--shape", type=_shape, default=(32, 3, 224, 224), help="of the input (32x3x224x224)")
+    _add_model(command, (32, 3, 224, 224), "of the input (32x3x224x224)")
     command.add_argument("--batch-size", type=_positive, help="in place of the first number of the shape")
     command.add_argument("--memory", type=_memory, help="16GiB, for example: also find the largest batch for so much")
     command.add_argument("--autocast", choices=["bfloat16", "float16"], help="dtype of the forward pass (none)")
-    command.add_argument("--exact", action=argparse.BooleanOptionalAction, default=True, help="in the exact mode")
     command.set_defaults(command=_estimate)
 
     command = commands.add_parser("verify", help="convert, run a step both ways on random input, and compare")
-    command.add_argument("name", metavar="NAME", help="a torchvision or timm model, or package.module:function")
-    command.add_argument("--shape", type=_shape, default=(2, 3, 224, 224), help="of the input (2x3x224x224)")
-    command.add_argument("--exact", action=argparse.BooleanOptionalAction, default=True, help="in the exact mode")
+    _add_model(command, (2, 3, 224, 224), "of the input (2x3x224x224)")
     command.set_defaults(command=_verify)
 
     command = commands.add_parser("demo", help="train a ResNet and its conversion side by side")
@@ -144,24 +296,66 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+_CONVERSION = ("entry", "exit", "tie_shortcuts", "exact", "memory_budget", "slices", "strict")
+
+
+def _conversion(options: argparse.Namespace) -> dict[str, Any]:
+    """The options of `revify.convert`."""
+    return {name: getattr(options, name) for name in _CONVERSION}
+
+
+def _add_model(command: argparse.ArgumentParser, shape: tuple[int, ...] | None, shape_help: str) -> None:
+    """Adds what every command that converts a model takes."""
+    command.epilog, command.formatter_class = _EPILOG, argparse.RawDescriptionHelpFormatter
+    command.add_argument("name", metavar="NAME", help="of a model, see below")
+    command.add_argument("--shape", type=_shape, default=shape, help=shape_help)
+    command.add_argument("--json", action="store_true", help="print JSON")
+    add = command.add_argument_group("conversion, as in revify.convert").add_argument
+    add("--entry", choices=["duplicate", "widen"], default="duplicate", help="how the streams begin (%(default)s)")
+    add("--exit", choices=["mean", "concat"], default="mean", help="how they end (%(default)s)")
+    add(
+        "--untied-shortcuts", dest="tie_shortcuts", action="store_false", help="a projection of its own for each stream"
+    )
+    add("--exact", action=argparse.BooleanOptionalAction, default=True, help="in the exact mode")
+    add("--memory-budget", type=_budget, help="what may be kept: 0.5 of the activations, or 2GiB, for example (none)")
+    add("--slices", type=_positive, default=1, help="parts in which a branch takes the batch (%(default)s)")
+    add("--strict", action="store_true", help="refuse the whole model where any unit is refused")
+
+
 def _shape(text: str) -> tuple[int, ...]:
-    return tuple(map(_positive, text.split("x")))
+    if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*", text):
+        raise argparse.ArgumentTypeError(f"must be sizes such as 2x3x224x224, got {text!r}")
+    return tuple(map(int, text.split("x")))
 
 
 def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
-    return value
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, got {text!r}")
+    return int(text)
 
 
-_UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
+_UNITS = {"b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 
 
 def _memory(text: str) -> int:
     """Bytes, from an amount such as 16GiB."""
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-z]*)", text.strip().lower())
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-z]+)", text.strip().lower())
     count = round(float(found[1]) * _UNITS.get(found[2], 0)) if found else 0
     if not count:
-        raise argparse.ArgumentTypeError(f"must be an amount such as 16GiB or 800MB, got {text!r}")
+        raise argparse.ArgumentTypeError(f"must be an amount with its unit, such as 16GiB or 800MB, got {text!r}")
     return count
+
+
+def _budget(text: str) -> float:
+    """A fraction, or bytes from an amount such as 2GiB."""
+    try:
+        fraction = float(text)
+    except ValueError:
+        return _memory(text)
+    if not 0 <= fraction <= 1:
+        raise argparse.ArgumentTypeError(f"must be a fraction from 0 to 1, or an amount such as 2GiB, got {text!r}")
+    return fraction
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,4 +1,4 @@
-"""The demonstration and the command line, on data small enough for a test."""
+"""The demonstration, on data small enough for a test."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from torch import nn
 
 from revify import RevifyError, cli, demo
 from revify.demo.data import augment, digits, image_folder
@@ -74,42 +73,6 @@ def test_folder_errors(folder: Path, tmp_path: Path) -> None:
         image_folder(folder)
 
 
-def test_explain(capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["explain", "resnet18"]) == 0
-    assert "8 residual units in 1 reversible chain" in capsys.readouterr().out
-    assert cli.main(["explain", "vgg11"]) == 1
-    assert "[no-additions]" in capsys.readouterr().out
-    assert cli.main(["explain", "revify.models:resnet32"]) == 0
-
-
-@pytest.mark.parametrize(
-    ("name", "message"),
-    [
-        ("resnet19", "'resnet19' is no model of torchvision"),
-        ("nowhere:model", "cannot be loaded: No module named 'nowhere'"),
-        ("revify.models:resnet33", "cannot be loaded: .* has no attribute 'resnet33'"),
-        ("builtins:dict", "must make a torch.nn.Module, got dict"),
-    ],
-)
-def test_names(name: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(RevifyError, match=message):
-        cli.load_model(name)
-    assert cli.main(["explain", name]) == 1
-    assert capsys.readouterr().err.startswith("revify: NAME")
-
-
-def test_wrong_use_ends_with_usage(capsys: pytest.CaptureFixture[str]) -> None:
-    for arguments in ([], ["demo", "--epochs", "0"], ["convert"]):
-        with pytest.raises(SystemExit) as exit:
-            cli.main(arguments)
-        assert exit.value.code == 2
-    assert "usage: revify" in capsys.readouterr().err
-
-
 def test_depth_of_the_demo_must_fit(tmp_path: Path) -> None:
     with pytest.raises(RevifyError, match=r"depth must be 6 n \+ 2"):
         demo.run(output=tmp_path, depth=21)
-
-
-def test_models_are_plain_modules() -> None:
-    assert isinstance(cli.load_model("revify.models:resnet32"), nn.Module)

@@ -265,20 +265,6 @@ def test_command_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert min(int(found[1]), int(found[2])) > 100
 
 
-@pytest.mark.parametrize(
-    ("text", "expected"), [("16GiB", 16 * 2**30), ("1.5 MB", 1_500_000), ("300", 300), ("8kib", 8192), ("7 B", 7)]
-)
-def test_amounts_of_memory(text: str, expected: int) -> None:
-    assert cli._memory(text) == expected
-
-
-@pytest.mark.parametrize("text", ["16Gib2", "GB", "-1GB", "1 apple", "0"])
-def test_amounts_that_are_none(text: str, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit):
-        cli.main(["estimate", "resnet18", f"--memory={text}"])
-    assert "must be an amount such as 16GiB" in capsys.readouterr().err
-
-
 # Against the operating system -----------------------------------------------------------------------------
 
 STEP = """

@@ -31,6 +31,8 @@ def test_a_sound_model(make: Callable[[], nn.Module], exact: bool) -> None:
     assert len(result.parameters) == len(list(model.parameters()))
     assert str(result).startswith("ok")
     assert "chain 1, at " in str(result)
+    assert result.to_dict()["ok"]
+    assert result.to_dict()["chains"] == result.chains
 
 
 def test_verify_leaves_no_trace() -> None:

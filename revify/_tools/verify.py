@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -62,6 +62,11 @@ class Verification:
         if self.exact:
             return self.reconstruction_exact and self.gradients_exact
         return self.gradient_error <= TOLERANCE
+
+    def to_dict(self) -> dict[str, Any]:
+        """The comparison as plain dictionaries, numbers and truth values."""
+        names = ("ok", "reconstruction_error", "gradient_error")
+        return {**{name: getattr(self, name) for name in names}, **asdict(self)}
 
     def __str__(self) -> str:
         rows = [("what", "error")]
