@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import importlib
-import importlib.util
-import inspect
 import json
 import logging
 import os
@@ -16,14 +13,14 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from revify._conversion.convert import convert, explain
 from revify._errors import NotConvertibleError, RevifyError
+from revify._names import load_model, told
 from revify._table import megabytes
 from revify._tools.estimate import Estimate, estimate
 from revify._tools.largest import largest_that_fits
@@ -65,85 +62,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (RevifyError, OSError) as error:
         print(f"revify: {_sentence(error)}", file=sys.stderr)
         return 1
-
-
-def load_model(name: str) -> nn.Module:
-    """A model without trained weights, by its name on the command line.
-
-    Raises:
-        RevifyError: there is no such model.
-    """
-    try:
-        model = _made(name)
-    except RevifyError:
-        raise
-    except Exception as error:  # whatever the user's function raises
-        raise RevifyError(f"NAME {name!r} cannot be loaded: {_told(error)}") from error
-    if not isinstance(model, nn.Module):
-        raise RevifyError(f"NAME {name!r} must make a torch.nn.Module, got {type(model).__name__}.")
-    return model
-
-
-def _made(name: str) -> Any:
-    place, _, last = name.rpartition(":")
-    if place and place not in _LIBRARIES:
-        return _without_weights(getattr(_file(Path(place)) if place.endswith(".py") else _module(place), last))
-    libraries = [place] if place else list(_LIBRARIES)
-    installed = [library for library in libraries if importlib.util.find_spec(library)]
-    for library in installed:
-        if (model := _LIBRARIES[library](last)) is not None:
-            return model
-    looked_in = " or ".join(installed) or f"{' or '.join(libraries)}, which {'is' if place else 'are'} not installed"
-    raise RevifyError(
-        f"NAME {name!r} is no model of {looked_in}; "
-        "a function of your own is named package.module:function or ./file.py:function."
-    )
-
-
-def _module(name: str) -> Any:
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())  # as python -m does
-    return importlib.import_module(name)
-
-
-def _file(path: Path) -> Any:
-    folder, name = str(path.resolve().parent), f"file_{path.stem}"  # a name that hides no other module
-    if folder not in sys.path:
-        sys.path.insert(0, folder)  # as python does, for what the file imports
-    spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None
-    assert spec.loader is not None
-    sys.modules[name] = module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def _torchvision(name: str) -> Any:
-    from torchvision import models
-
-    return _without_weights(models.get_model_builder(name)) if name in models.list_models() else None
-
-
-def _timm(name: str) -> Any:
-    import timm
-
-    return timm.create_model(name, pretrained=False) if timm.is_model(name) else None
-
-
-_LIBRARIES = {"torchvision": _torchvision, "timm": _timm}
-
-
-def _without_weights(function: Any) -> Any:
-    """The function's result; torchvision's detectors would download a trained backbone."""
-    try:
-        downloads = "weights_backbone" in inspect.signature(function).parameters
-    except ValueError:  # of a builtin
-        downloads = False
-    return function(weights_backbone=None) if downloads else function()
-
-
-def _told(error: Exception) -> str:
-    return f"{type(error).__name__}: {_sentence(error)}".removesuffix(": ")
 
 
 def _sentence(error: Exception) -> str:
@@ -193,7 +111,7 @@ def _input(options: argparse.Namespace, device: str) -> Iterator[Tensor]:
     except RevifyError as error:
         raise RevifyError(str(error).replace("example_inputs", given)) from error
     except Exception as error:  # whatever the model raises
-        raise RevifyError(f"the model fails on {given}: {_told(error)}") from error
+        raise RevifyError(f"the model fails on {given}: {told(error)}") from error
 
 
 def _explain(options: argparse.Namespace) -> int:

@@ -23,7 +23,8 @@ KNOWN = {
     "two blocks could not be seen",
     r"test_forward_set_on_a_norm_in_a_branch\[example-before": "the closure of an instance's forward over another",
     r"test_forward_set_on_a_block$": "forward set on a converted block goes past the reversible one",
-    r"test_flop_counter": "the counter's hooks do not run inside torch.autograd.grad",
+    r"test_units_inside_of_a_branch_are_reported\[<lambda>1": "a single addition inside of a branch of the same "
+    "forward is not listed",
     r"test_jit_trace_in_eval": "tracing with gradients on",
 }
 

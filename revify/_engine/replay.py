@@ -75,12 +75,17 @@ def _check_leaves(f: Evaluation, outputs: Sequence[Tensor], known: Sequence[Tens
     seen = set(pending)
     while pending:
         node = pending.pop()
-        if type(node) is _ACCUMULATION and id(node.variable) not in ends:
+        if type(node) is _ACCUMULATION and id(node.variable) not in ends and not _accumulates(node, known):
             raise RevifyError(_UNKNOWN.format(shape=tuple(node.variable.shape), where=f.described()))
         for following, _ in node.next_functions:
             if following is not None and following not in seen:
                 seen.add(following)
                 pending.append(following)
+
+
+def _accumulates(node: Any, known: Sequence[Tensor]) -> bool:
+    """Whether gradients of one of the tensors end there: a saved tensor may come back as another for the same leaf."""
+    return any(x.requires_grad and get_gradient_edge(x).node is node for x in known)
 
 
 _ACCUMULATION: Any = type(get_gradient_edge(torch.zeros((), requires_grad=True)).node)
