@@ -1,4 +1,4 @@
-"""Models by the names that the command line knows them by."""
+"""Models by the names that the command line knows them by, and what is said where one is wrong."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import nn
 
-from revify._errors import RevifyError
+from revify._errors import NotConvertibleError, RevifyError
 
 
 def load_model(name: str) -> nn.Module:
@@ -91,4 +91,13 @@ def _without_weights(function: Any) -> Any:
 
 
 def told(error: Exception) -> str:
-    return f"{type(error).__name__}: {_sentence(error)}".removesuffix(": ")
+    return f"{type(error).__name__}: {sentence(error)}".removesuffix(": ")
+
+
+def sentence(error: Exception) -> str:
+    """The first line of the message; of the reasons against a conversion, which follow line by line, the first one."""
+    first, *more = str(error).strip().splitlines() or [""]
+    if not isinstance(error, NotConvertibleError) or not more:
+        return first
+    others = f" (revify explain lists {len(more) - 1} more)" if len(more) > 1 else ""
+    return f"{first} {more[0].strip(' -')}{others}"

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from revify._conversion.convert import convert, explain
 from revify._errors import NotConvertibleError, RevifyError
-from revify._names import load_model, told
+from revify._names import load_model, sentence, told
 from revify._table import megabytes
 from revify._tools.estimate import Estimate, estimate
 from revify._tools.largest import largest_that_fits
@@ -60,17 +60,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the interpreter flushes it again at its end
         return 141
     except (RevifyError, OSError) as error:
-        print(f"revify: {_sentence(error)}", file=sys.stderr)
+        print(f"revify: {sentence(error)}", file=sys.stderr)
         return 1
-
-
-def _sentence(error: Exception) -> str:
-    """The first line of the message; of the reasons against a conversion, which follow line by line, the first one."""
-    first, *more = str(error).strip().splitlines() or [""]
-    if not isinstance(error, NotConvertibleError) or not more:
-        return first
-    others = f" (revify explain lists {len(more) - 1} more)" if len(more) > 1 else ""
-    return f"{first} {more[0].strip(' -')}{others}"
 
 
 _PATIENCE = 2  # seconds

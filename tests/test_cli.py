@@ -251,7 +251,7 @@ def test_reasons_on_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["verify", "vgg11", "--shape=2x3x32x32"]) == 1
     assert re.fullmatch(r"revify: VGG has nothing that .*: VGG: there is .*\[no-additions\]\n", capsys.readouterr().err)
     error = NotConvertibleError("Net cannot be converted:\n  - a: one [x]\n  - b: two [y]\n  - c: three [z]")
-    assert cli._sentence(error) == "Net cannot be converted: a: one [x] (revify explain lists 2 more)"
+    assert cli.sentence(error) == "Net cannot be converted: a: one [x] (revify explain lists 2 more)"
     assert cli._told(ValueError()) == "ValueError"
 
 
