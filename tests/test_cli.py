@@ -252,7 +252,7 @@ def test_reasons_on_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert re.fullmatch(r"revify: VGG has nothing that .*: VGG: there is .*\[no-additions\]\n", capsys.readouterr().err)
     error = NotConvertibleError("Net cannot be converted:\n  - a: one [x]\n  - b: two [y]\n  - c: three [z]")
     assert cli.sentence(error) == "Net cannot be converted: a: one [x] (revify explain lists 2 more)"
-    assert cli._told(ValueError()) == "ValueError"
+    assert cli.told(ValueError()) == "ValueError"
 
 
 def test_json(capsys: pytest.CaptureFixture[str]) -> None:
