@@ -8,6 +8,7 @@ from revify._engine.surroundings import is_replaying
 from revify._errors import NotConvertibleError, ReconstructionError, RevifyError
 from revify._measure import kept_bytes, peak_bytes
 from revify._tools.estimate import Estimate, StepMemory, estimate
+from revify._tools.fit import options_that_fit
 from revify._tools.largest import Largest, largest_that_fits
 from revify._tools.verify import Verification, verify
 
@@ -28,6 +29,7 @@ __all__ = [
     "kept_bytes",
     "largest_that_fits",
     "models",
+    "options_that_fit",
     "peak_bytes",
     "report",
     "store_activations",
