@@ -238,7 +238,10 @@ STACK = (
     ),
     Engine("revify", "revify", functools.partial(_chain, exact=False)),
     Engine(
-        "revify, exact", "revify", functools.partial(_chain, exact=True), remarks=("the state is rounded to a grid",)
+        "revify, exact",
+        "revify",
+        functools.partial(_chain, exact=True),
+        remarks=("the default; the other rows of the stack are exact=False",),
     ),
     Engine(
         "compiled revify", "revify", _compiled(functools.partial(_chain, exact=False)), compiled=True, counted=False
