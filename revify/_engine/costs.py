@@ -16,7 +16,7 @@ from torch.utils.flop_counter import flop_registry, sdpa_flop_count
 
 from revify._engine.budget import Output
 from revify._engine.evaluation import Evaluation
-from revify._engine.kept_outputs import Recording
+from revify._engine.kept_outputs import Recording, tensors_of
 from revify._engine.region import Function
 from revify._measure import kept_bytes, tensors_in
 
@@ -43,7 +43,7 @@ def measure(function: Function, x: Tensor, *context: Any) -> tuple[Tensor, float
     kept = kept_bytes(forward, exclude=tensors)
     outputs = []
     for number, (_, _, given) in enumerate(counting.tape().entries):
-        size = sum(t.nbytes for t in given or () if t is not None)
+        size = sum(t.nbytes for t in tensors_of(given))
         saved = counting.works[number] - size - OVERHEAD  # what was kept must be fetched
         if size and saved > 0:
             outputs.append(Output(number, size, saved))

@@ -10,6 +10,7 @@ by whether a gradient is wanted), what follows is computed.
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from enum import Enum
 from typing import Any
 
 import torch
@@ -31,7 +32,19 @@ DEAR = {
     aten._scaled_dot_product_cudnn_attention.default,
 }
 
-Kept = tuple[Tensor | None, ...]  # the outputs of one operation
+# Fused attention leaves the logarithms of its sums out where no gradient is wanted, as in the first evaluation; whether
+# it computes them is this argument.
+WITHOUT_SUMS = {
+    aten._scaled_dot_product_efficient_attention.default: 4,
+    aten._scaled_dot_product_cudnn_attention.default: 4,
+}
+
+
+class _Taken(Enum):
+    TENSOR = "the place of a tensor that was handed over"
+
+
+Kept = tuple[Any, ...]  # the outputs of one operation: tensors, and the numbers that attention returns beside them
 Entry = tuple[Any, tuple[torch.Size, ...], Kept | None]  # the operation, its inputs' shapes, what was kept
 
 
@@ -43,18 +56,18 @@ class Tape:
         self.entries = list(entries)
 
     def take_outputs(self) -> list[Tensor | None]:
-        """Hands over the outputs, in order; `with_outputs` is the inverse."""
+        """Hands over the tensors, in order; `with_outputs` is the inverse."""
         taken: list[Tensor | None] = []
         for i, (op, shapes, kept) in enumerate(self.entries):
             if kept is not None:
-                taken += kept
-                self.entries[i] = op, shapes, (None,) * len(kept)
+                taken += tensors_of(kept)
+                self.entries[i] = op, shapes, tuple(_Taken.TENSOR if isinstance(x, Tensor) else x for x in kept)
         return taken
 
     def with_outputs(self, outputs: Sequence[Tensor | None]) -> list[Entry]:
         given = iter(outputs)
         return [
-            (op, shapes, None if kept is None else tuple(next(given) for _ in kept))
+            (op, shapes, None if kept is None else tuple(next(given) if x is _Taken.TENSOR else x for x in kept))
             for op, shapes, kept in self.entries
         ]
 
@@ -69,20 +82,23 @@ class Recording(TorchDispatchMode):
         self._versions: list[list[int]] = []
 
     def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        notes = op in DEAR and not draws_random_numbers(op, args)
+        kept = notes and len(self.entries) in self.keep
+        if kept and op in WITHOUT_SUMS:
+            args = (*args[: WITHOUT_SUMS[op]], True, *args[WITHOUT_SUMS[op] + 1 :])
         result = op(*args, **(kwargs or {}))
-        if op in DEAR and not draws_random_numbers(op, args):
-            kept = len(self.entries) in self.keep
+        if notes:
             self._note(op, args, _flat(result) if kept else None)
         return result
 
     def _note(self, op: Any, args: Any, kept: Kept | None) -> None:
         self.entries.append((op, _shapes(args), kept))
-        self._versions.append([x._version for x in kept or () if x is not None])
+        self._versions.append([x._version for x in tensors_of(kept)])
 
     def tape(self) -> Tape:
         """Without the outputs that something has overwritten since, as an in-place activation does."""
         for i, (op, shapes, kept) in enumerate(self.entries):
-            if [x._version for x in kept or () if x is not None] != self._versions[i]:
+            if [x._version for x in tensors_of(kept)] != self._versions[i]:
                 self.entries[i] = op, shapes, None
         return Tape(self.entries)
 
@@ -117,10 +133,12 @@ def _given(kept: Kept) -> Any:
     return outputs[0] if len(outputs) == 1 else outputs
 
 
-def _flat(result: Any) -> Kept | None:
-    if isinstance(result, Tensor):
-        return (result,)
-    return tuple(result) if all(isinstance(x, Tensor) for x in result) else None
+def _flat(result: Any) -> Kept:
+    return (result,) if isinstance(result, Tensor) else tuple(result)
+
+
+def tensors_of(kept: Kept | None) -> list[Tensor]:
+    return [x for x in kept or () if isinstance(x, Tensor)]
 
 
 def _shapes(args: Any) -> tuple[torch.Size, ...]:

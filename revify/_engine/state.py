@@ -25,6 +25,7 @@ from revify._engine.surroundings import autocast_state, casts_not_shared
 from revify._engine.turn import Turn, take_turn
 from revify._engine.update import Enter, Leave, Recompute, Tail
 from revify._errors import RevifyError
+from revify._fake import has_values
 
 _LOOKS = 8  # updates between two looks at the state's extent
 Through = Callable[..., Tensor]  # calls `take_turn`, itself or by way of a module
@@ -273,6 +274,7 @@ class State:
             # What lies ahead of the first update that needs a gradient need not be reconstructed.
             anchor = run.anchor = run.anchor if run.anchor is not None else _anchor(self.x, context, skip, f)
             if anchor is not None:
+                _check_not_captured(name, self.x[1])
                 self.shadow = dict(zip((1, 2), Enter.apply(anchor, self.x[1], self.x[2]), strict=True))
                 self.guarded = False
         if self.shadow and not inverts:
@@ -306,6 +308,15 @@ class State:
         if run.costs is not None:
             run.costs.append(turn.cost)
         return turn.sides
+
+
+def _check_not_captured(name: str, x: Tensor) -> None:
+    if x.device.type == "cuda" and has_values(x) and torch.cuda.is_current_stream_capturing():
+        raise RevifyError(
+            f"{name}: a reversible pass cannot be captured in a CUDA graph, since its backward pass goes by what the "
+            'host knows; let torch.compile(model, mode="reduce-overhead") make the graph, or capture the model inside '
+            "revify.store_activations."
+        )
 
 
 def _transformed() -> bool:

@@ -210,8 +210,8 @@ def _with_strides(x: Tensor, strides: tuple[int, ...]) -> Tensor:
 
 
 def shadow_of(x: Tensor) -> Tensor:
-    """A tensor of the shape of x without memory of its own (note 1)."""
-    return x.new_zeros(()).expand(x.shape)
+    """A tensor of the shape of x without memory of its own (note 1), and with any value."""
+    return x.new_empty(()).expand(x.shape)
 
 
 def fitting(name: str, p: Tensor, a: object) -> Tensor:
