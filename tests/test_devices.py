@@ -438,8 +438,8 @@ def halved(counts: Counter[str]) -> Counter[str]:
 UPDATES = {
     (conv, False): ({"new_empty": 1, "add": 1, "add_": 1, "sub_": 1}, {"views": 10, "made": 1}),
     (conv, True): ({"new_empty": 1, "add": 1, "add_": 3, "sub_": 3}, {"views": 10, "made": 1}),
-    (linear, False): ({"new_empty": 1, "add": 2, "sub_": 1}, {"views": 10, "made": 2}),
-    (linear, True): ({"new_empty": 1, "add": 3, "add_": 1, "sub_": 3}, {"views": 10, "made": 3}),
+    (linear, False): ({"new_empty": 1, "add": 1, "add_": 1, "sub_": 1}, {"views": 11, "made": 1}),
+    (linear, True): ({"new_empty": 1, "add": 1, "add_": 3, "sub_": 3}, {"views": 11, "made": 1}),
 }
 # For a whole chain: the grid, the guard and its looks at the extent. What is copied are samples.
 ONCE = {False: (16, {"views": 29, "made": 1, "copied": 4096}), True: (69, {"views": 46, "made": 6, "copied": 2048})}

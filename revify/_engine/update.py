@@ -122,6 +122,8 @@ class Update(torch.autograd.Function):
         elif parts:
             a, sides = parts[0].split(parts[0].first(q_in, *context, keep=keep))
             a = fitting(name, r, a)
+            if a._is_view():
+                a = a.detach()  # lets go of what it is a view of: a linear layer's result, seen in three dimensions
             r = coupling.couple_into(r, a, grid)
         check_not_overwritten(name, q_in, version)
         outputs = [part.tape.take_outputs() for part in parts]
