@@ -5,9 +5,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import signal
-import subprocess
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -266,99 +263,6 @@ def test_the_size_of_an_image_in_the_message(example: bool) -> None:
     converted = revify.convert(model, torch.zeros(2, 3, 32, 32) if example else None)
     with pytest.raises(AssertionError, match="Expected 32 but got 40"):
         converted(torch.zeros(2, 3, 40, 40))
-
-
-# The command line -----------------------------------------------------------------------------------------
-
-OWN = """
-import torch
-from torch import nn
-
-class Block(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.l = nn.Linear(6, 6)
-
-    def forward(self, x):
-        return x + torch.tanh(self.l(x))
-
-def make():
-    return nn.Sequential(Block(), Block(), Block())
-"""
-
-
-def command(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
-    """As the installed command runs: without the current folder on the path."""
-    root = str(Path(revify.__file__).resolve().parent.parent)
-    code = f"import sys; sys.path.insert(0, {root!r}); from revify.cli import main; sys.exit(main())"
-    return subprocess.run(
-        [sys.executable, "-P", "-c", code, *arguments], capture_output=True, text=True, cwd=cwd, check=False
-    )
-
-
-@pytest.mark.skipif(sys.version_info < (3, 11), reason="-P")
-@pytest.mark.parametrize("name", ["own:make", "./own.py:make"])
-def test_a_model_in_the_current_folder(name: str, tmp_path: Path) -> None:
-    (tmp_path / "own.py").write_text(OWN)
-    result = command("explain", name, cwd=tmp_path)
-    assert result.returncode == 0, result.stderr
-    assert "3 residual units" in result.stdout
-
-
-@pytest.mark.skipif(sys.version_info < (3, 11), reason="-P")
-def test_a_model_by_the_name_of_its_library() -> None:
-    result = command("explain", "timm:resnet18d")
-    assert "Traceback" not in result.stderr
-    assert result.returncode == 0, result.stderr
-
-
-@pytest.mark.parametrize("amount", ["16", "800"])
-def test_an_amount_without_a_unit(amount: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """Nobody means 16 bytes."""
-    from revify.cli import main
-
-    with contextlib.suppress(SystemExit):
-        assert main(["estimate", "resnet18", "--shape", "2x3x32x32", "--memory", amount]) != 0
-    assert "GiB" in capsys.readouterr().err
-
-
-def test_a_model_that_would_download_weights(monkeypatch: pytest.MonkeyPatch) -> None:
-    from revify.cli import load_model
-
-    def download(*_: Any, **__: Any) -> Any:
-        raise OSError("no network in tests")
-
-    monkeypatch.setattr(torch.hub, "load_state_dict_from_url", download)
-    for module in (torchvision.models._api, torchvision.models.resnet, torchvision.models.detection.mask_rcnn):
-        if hasattr(module, "load_state_dict_from_url"):
-            monkeypatch.setattr(module, "load_state_dict_from_url", download)
-    load_model("maskrcnn_resnet50_fpn")
-
-
-@pytest.mark.parametrize("module", ["revify", "revify.cli"])
-def test_run_as_a_module(module: str) -> None:
-    root = Path(revify.__file__).resolve().parent.parent
-    result = subprocess.run(
-        [sys.executable, "-m", module, "--version"], capture_output=True, text=True, cwd=root, check=False
-    )
-    assert result.stdout.startswith("revify "), result.stderr
-
-
-def test_a_pipe_that_is_closed_and_ctrl_c(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    """End without a traceback."""
-    from revify import cli
-
-    def broken(*_: Any) -> Any:
-        raise BrokenPipeError
-
-    def interrupted(*_: Any) -> Any:
-        raise KeyboardInterrupt
-
-    for act, status in ((broken, None), (interrupted, 128 + signal.SIGINT)):
-        monkeypatch.setattr(cli, "load_model", act)
-        found = cli.main(["explain", "resnet18"])
-        assert found != 0
-        assert status is None or found == status
 
 
 def test_signature_that_trainers_read(convert: Any) -> None:

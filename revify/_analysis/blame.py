@@ -7,6 +7,7 @@ import traceback
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import FunctionType, ModuleType
 from typing import Any
 
 import torch
@@ -57,11 +58,11 @@ def _named(code: Any, module: nn.Module, scope: dict[str, Any]) -> OpaqueCall | 
             ):
                 return OpaqueCall(module, name, None)
     for name, value in scope.items():
-        if inspect.isfunction(value) and getattr(inspect.unwrap(value), "__code__", None) is code:
+        if type(value) is FunctionType and getattr(inspect.unwrap(value), "__code__", None) is code:
             return OpaqueCall(scope, name, value)
-        if inspect.ismodule(value):
+        if type(value) is ModuleType:  # `isinstance` would ask what PyTorch warns of
             for inner, function in list(vars(value).items()):
-                if inspect.isfunction(function) and getattr(inspect.unwrap(function), "__code__", None) is code:
+                if type(function) is FunctionType and getattr(inspect.unwrap(function), "__code__", None) is code:
                     return OpaqueCall(value, inner, function)
     return None
 

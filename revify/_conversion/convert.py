@@ -22,6 +22,7 @@ from revify._conversion.trial import as_observed, refusal, trial
 from revify._engine.budget import check_memory_budget
 from revify._engine.chain import check_coupling, check_exact, check_slices, settings_of
 from revify._errors import NotConvertibleError, RevifyError
+from revify._paths import joined
 from revify._refusals import Refusal, reason
 
 
@@ -171,12 +172,32 @@ def _copy(model: nn.Module) -> nn.Module:
         for value in vars(module).values():
             if isinstance(value, Tensor) and not value.is_leaf:
                 memo[id(value)] = value.detach().clone()
-    made = copy.deepcopy(model, memo)
+    try:
+        made = copy.deepcopy(model, memo)
+    except Exception as error:
+        held = _uncopied(model)
+        raise RevifyError(
+            f"model cannot be copied: {held or type(model).__name__} ({type(error).__name__}: {error}). Set it after "
+            "the conversion, or give its class a __deepcopy__; a model that is wrapped for distributed training is "
+            "converted first, and wrapped then."
+        ) from error
     for module in made.modules():
         for name, value in vars(module).items():
             if inspect.isfunction(value) and value.__closure__:
                 vars(module)[name] = rebound(value, lambda x: memo.get(id(x), x))
     return made
+
+
+def _uncopied(model: nn.Module) -> str | None:
+    """The first attribute that cannot be copied."""
+    for path, module in model.named_modules():
+        for name, value in vars(module).items():
+            if name not in ("_modules", "_parameters", "_buffers"):
+                try:
+                    copy.deepcopy(value, {id(m): m for m in model.modules()})
+                except Exception:
+                    return f"{joined(path, name)}, a {type(value).__name__}"
+    return None
 
 
 def check_plain(model: nn.Module) -> None:
