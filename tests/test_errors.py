@@ -136,6 +136,18 @@ def test_branches(branches: list[Any], message: str) -> None:
         (nn.LSTM(3, 3), "branch 1: the branch returned tuple for a stream"),
     ],
 )
+class Overwriting(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.mul_(2)
+
+
+@pytest.mark.parametrize("gradients", [False, True])
+def test_a_branch_that_overwrites_its_input(gradients: bool) -> None:
+    chain = revify.ReversibleChain([nn.Linear(3, 3), Overwriting()])
+    with torch.set_grad_enabled(gradients), pytest.raises(revify.RevifyError, match="branch 1: the branch overwrites"):
+        chain(torch.zeros(2, 3), torch.zeros(2, 3))
+
+
 @pytest.mark.parametrize("training", [False, True])
 def test_a_branch_that_changes_the_shape(branch: nn.Module, message: str, training: bool) -> None:
     chain = revify.ReversibleChain([nn.Linear(3, 3), branch]).train(training)
