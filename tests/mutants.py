@@ -273,7 +273,7 @@ MUTANTS = [
         "evaluation.py",
         "Buffers(self._read if training else {})",
         "Buffers({})",
-        "test_engine_faults.py -k 'buffers_that_advance and DriftingInTheBlock'",
+        "test_engine_faults.py -k 'buffers_that_advance and ReadsAndWrites'",
     ),
     mutant(
         "tensors that a branch assigns carry no gradient",

@@ -241,17 +241,6 @@ class CounterInTheBlock(Block):
         return x + y
 
 
-class DriftingInTheBlock(Block):
-    def __init__(self) -> None:
-        super().__init__()
-        self.register_buffer("scale", torch.ones(WIDTH))
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.f(x) * self.scale.clone()
-        self.scale.mul_(1.5)
-        return x + y
-
-
 class OwnNormInABranch(Block):
     def __init__(self) -> None:
         super().__init__()
@@ -375,10 +364,18 @@ class ReadsBeforeInTheBlock(NormInTheBlock):
         return x + self.f(y * h)
 
 
+class ReadsAndWritesInTheBlock(NormInTheBlock):
+    """The branch itself reads the buffer that it writes; what depends on no stream is computed ahead of it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = x - self.running_mean
+        y = F.batch_norm(h, self.running_mean, self.running_var, training=self.training)
+        return x + self.f(y * h)
+
+
 STATISTICS = [
     NormInTheBlock,
     CounterInTheBlock,
-    DriftingInTheBlock,
     OwnNormInABranch,
     BoundInInit,
     BoundInABranch,
@@ -387,6 +384,7 @@ STATISTICS = [
     ReadsBeforeInABranch,
     CodebookInABranch,
     ReadsBeforeInTheBlock,
+    ReadsAndWritesInTheBlock,
 ]
 
 

@@ -129,13 +129,6 @@ def test_branches(branches: list[Any], message: str) -> None:
         revify.ReversibleChain(branches)
 
 
-@pytest.mark.parametrize(
-    ("branch", "message"),
-    [
-        (nn.Linear(3, 4), r"branch 1: the branch returned shape \(2, 4\) for a stream of shape \(2, 3\)"),
-        (nn.LSTM(3, 3), "branch 1: the branch returned tuple for a stream"),
-    ],
-)
 class Overwriting(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return x.mul_(2)
@@ -148,6 +141,13 @@ def test_a_branch_that_overwrites_its_input(gradients: bool) -> None:
         chain(torch.zeros(2, 3), torch.zeros(2, 3))
 
 
+@pytest.mark.parametrize(
+    ("branch", "message"),
+    [
+        (nn.Linear(3, 4), r"branch 1: the branch returned shape \(2, 4\) for a stream of shape \(2, 3\)"),
+        (nn.LSTM(3, 3), "branch 1: the branch returned tuple for a stream"),
+    ],
+)
 @pytest.mark.parametrize("training", [False, True])
 def test_a_branch_that_changes_the_shape(branch: nn.Module, message: str, training: bool) -> None:
     chain = revify.ReversibleChain([nn.Linear(3, 3), branch]).train(training)

@@ -49,9 +49,10 @@ def test_each_run_between_transitions_is_guarded(changed: int, exact: bool) -> N
 def test_a_transition_to_a_state_of_another_size(size: float) -> None:
     """Each stream goes on from it on a grid of its own."""
     model = net(depth=6)
-    for i in (1, 4):
-        model.blocks[i] = Projecting()
-        model.blocks[i].project.weight.data.mul_(size)
+    model.blocks[1] = Projecting()
+    model.blocks[1].project.weight.data.mul_(size)
+    for block in model.blocks[2:]:
+        block.l2.weight.data.mul_(size)
     result = revify.verify(revify.convert(model.float()), torch.randn(4, WIDTH))
     assert result.ok
     assert result.reconstruction_exact
