@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.installed
 ARGS ?=
 
-.PHONY: test test-all demo zoo bench docs clean
+.PHONY: test test-all mutants demo zoo bench docs clean
 
 test: $(READY)  ## The gate: formatting, lint, types, tests, documentation.
 	$(BIN)/python -m ruff format --check .
@@ -18,6 +18,9 @@ test: $(READY)  ## The gate: formatting, lint, types, tests, documentation.
 
 test-all: $(READY)  ## The tests with the slow ones, and many more random cases.
 	HYPOTHESIS_PROFILE=thorough $(BIN)/python -m pytest --slow $(ARGS)
+
+mutants: $(READY)  ## Plants faults in the engine, which its tests must notice; half an hour (ARGS="--only REGEX": a few).
+	$(BIN)/python -m tests.mutants $(ARGS)
 
 demo: $(READY)  ## Trains a ResNet and its conversion on real digits; results in demo-output/.
 	$(BIN)/revify demo $(ARGS)

@@ -222,7 +222,9 @@ def test_parametrized_weights(name: str, cached: str, convert: Any) -> None:
                 with parametrize.cached():
                     y = square(m(x))
                     if cached == "step":
+                        made = len(parametrize._cache)
                         y.backward()
+                        assert len(parametrize._cache) == made
                 if cached == "forward":
                     y.backward()
     assert_same_gradients(*steps)
@@ -299,6 +301,35 @@ def test_hooks_inside_a_branch_keep_things_on_the_module(convert: Any) -> None:
     square(model(image().requires_grad_())).backward()
     for module in linear:
         torch.testing.assert_close(module.product, module.weight.grad)
+
+
+# Random numbers -------------------------------------------------------------------------------------------
+
+
+def shaken(x: Tensor) -> Tensor:
+    return x + torch.rand_like(x)
+
+
+class Shaken(Block):
+    def forward(self, x: Tensor) -> Tensor:
+        return x + shaken(self.f(x))
+
+
+def test_functions_that_draw_random_numbers(convert: Any) -> None:
+    assert_step(convert(net(block=Shaken)))
+
+
+@pytest.mark.parametrize("kind", ["hook", "pre-hook"])
+def test_hooks_that_draw_random_numbers(kind: str) -> None:
+    """On layers that draw none themselves, in a chain whose branches are not looked into."""
+    model: Any = ChainNet()
+    model.chain = ReversibleChain([nn.Linear(WIDTH, WIDTH) for _ in range(4)])
+    for step in model.chain.steps:
+        if kind == "hook":
+            step.branch.register_forward_hook(lambda m, x, y: shaken(y))
+        else:
+            step.branch.register_forward_pre_hook(lambda m, x: shaken(x[0]))
+    assert_step(model.double())
 
 
 # Tensors and modules that are not what they seem ----------------------------------------------------------

@@ -83,6 +83,19 @@ def test_what_costs_more_to_keep_than_to_compute_is_not_kept(monkeypatch: pytest
     assert last.stored == 2
 
 
+def test_the_updates_that_are_stored_are_those_nearest_the_loss(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What they keep is freed first."""
+    monkeypatch.undo()
+    chain = ReversibleChain([branch() for _ in range(6)], memory_budget=0.5)
+    x = torch.randn(2, 4, 8, 8)
+    run(chain, x)
+    again: list[int] = []
+    for i, step in enumerate(chain.steps):
+        step.branch.register_forward_hook(lambda *_, i=i: again.append(i) if revify.is_replaying() else None)
+    chain(x, x)[0].sum().backward()
+    assert again == [3, 2, 1, 0]
+
+
 def choice_of(chain: ReversibleChain) -> Choice:
     (planner,) = chain.settings.planners.values()
     assert planner.last is not None
@@ -188,6 +201,16 @@ def test_bytes_are_shared_by_the_chains_of_a_model() -> None:
     assert all(choice is not None and choice.again < 1 for choice in choices)
     total = sum(choice.kept for choice in choices if choice is not None)
     assert 50_000 < total <= 60_000
+
+
+def test_bytes_hold_for_every_batch_size() -> None:
+    chain = ReversibleChain([branch() for _ in range(12)], memory_budget=40_000)
+    flat = copy.deepcopy(chain)
+    flat.settings.budget = None
+    for n in (2, 4, 8):
+        x = torch.randn(n, 4, 8, 8)
+        run(chain, x)
+        assert max(40_000, kept(flat, x)) >= kept(chain, x) > 30_000
 
 
 def test_measuring_leaves_no_trace() -> None:

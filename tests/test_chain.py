@@ -60,15 +60,20 @@ class Sized(nn.Module):
         return self.size * self.inner(x / self.size)
 
 
-@pytest.mark.parametrize("size", [1e-4, 1.0, 1e6])
+def grid_by_hand(x: Tensor, bits: int) -> float:
+    return float(2.0 ** (math.floor(math.log2(float(x.detach().abs().max()))) - bits))
+
+
+@pytest.mark.parametrize("sizes", [(1e-4, 1e-4), (1.0, 1.0), (1e6, 1e6), (0.1, 10.0), (30.0, 1.0), (0.0, 1e-3)])
 @pytest.mark.parametrize(("dtype", "bits"), [(torch.float32, 15), (torch.float64, 44)])
-def test_the_exact_mode_by_hand(size: float, dtype: torch.dtype, bits: int) -> None:
-    """Each stream has the grid of its own first value, and what a branch returns is rounded to it."""
-    chain = ReversibleChain([Sized(branch(4), size) for _ in range(5)]).to(dtype)
-    x = [(size * v).to(dtype).detach().requires_grad_() for v in state()]
+def test_the_exact_mode_by_hand(sizes: tuple[float, float], dtype: torch.dtype, bits: int) -> None:
+    """Each stream has the grid of its own first value, one of zeros that of the other, and what a branch returns is
+    rounded to it."""
+    chain = ReversibleChain([Sized(branch(4), sizes[1]) for _ in range(5)]).to(dtype)
+    x = [(size * v).to(dtype).detach().requires_grad_() for size, v in zip(sizes, state(), strict=True)]
     y = chain(*x)
     found = torch.autograd.grad(loss(*y), [*x, *chain.parameters()])
-    grids = [2.0 ** (math.floor(math.log2(float(v.detach().abs().max()))) - bits) for v in x]
+    grids = [grid_by_hand(v if v.any() else x[1], bits) for v in x]
     by = [on_grid(v.expand_as(v), g) for v, g in zip(x, grids, strict=True)]
     for n, step in enumerate(chain.steps):
         a = on_grid(step.branch(by[1 - n % 2].expand_as(by[0])), grids[n % 2])

@@ -129,6 +129,18 @@ def test_branches(branches: list[Any], message: str) -> None:
         revify.ReversibleChain(branches)
 
 
+class Overwriting(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.mul_(2)
+
+
+@pytest.mark.parametrize("gradients", [False, True])
+def test_a_branch_that_overwrites_its_input(gradients: bool) -> None:
+    chain = revify.ReversibleChain([nn.Linear(3, 3), Overwriting()])
+    with torch.set_grad_enabled(gradients), pytest.raises(revify.RevifyError, match="branch 1: the branch overwrites"):
+        chain(torch.zeros(2, 3), torch.zeros(2, 3))
+
+
 @pytest.mark.parametrize(
     ("branch", "message"),
     [

@@ -99,6 +99,27 @@ def test_transitions_by_hand(x: Tensor) -> None:
     assert converted.p[1][1].num_batches_tracked == 2
 
 
+class Projecting(nn.Module):
+    def __init__(self, width: int, skip: nn.Module) -> None:
+        super().__init__()
+        self.f, self.p = nn.Linear(WIDTH, width), skip
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.p(x) + self.f(x).tanh()
+
+
+def test_a_transition_at_the_end_by_hand(x: Tensor) -> None:
+    """Nothing follows that would take stream 2 along: it is projected where the value is merged."""
+    blocks, last = [Projecting(WIDTH, nn.Identity()) for _ in range(4)], Projecting(4, nn.Linear(WIDTH, 4))
+    model = nn.Sequential(*blocks, last).double()
+    x1 = x2 = x
+    for i in (0, 2):
+        x1 = x1 + model[i].f(x2).tanh()
+        x2 = x2 + model[i + 1].f(x1).tanh()
+    x1, x2 = last.p(x1) + last.f(x2).tanh(), last.p(x2)
+    assert relative(revify.convert(model)(x), (x1 + x2) / 2) <= 1e-12
+
+
 def test_shared_prefix_by_hand(x: Tensor) -> None:
     model = CONVERTIBLE["shared prefix"].make().double()
     f = model.f
@@ -167,6 +188,20 @@ def test_pickles(name: str, x: Tensor) -> None:
     y = loaded(x)
     torch.manual_seed(1)
     assert torch.equal(y, model(x))
+
+
+class Bounded(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.f = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.f(x).clamp(max=float("inf"))
+
+
+def test_pickles_of_code_with_infinities(x: Tensor) -> None:
+    model = revify.convert(nn.Sequential(*(Bounded() for _ in range(4))).double())
+    assert torch.equal(pickle.loads(pickle.dumps(model))(x), model(x))
 
 
 class Encoder(nn.Module):

@@ -814,6 +814,19 @@ def test_in_place_operations_between_blocks(name: str, first_tapped: bool, conve
     assert_like(convert(model), model, lambda m, x: m.head(_changed(m.stem(x), m, change)))
 
 
+def test_a_write_beside_a_view(convert: Any) -> None:
+    """The view shares its memory, as in plain code."""
+
+    def run(m: Any, x: Tensor) -> Tensor:
+        x = m.blocks[1](m.blocks[0](x))
+        view = x.view(-1, WIDTH)
+        x.mul_(0.5)
+        return m.blocks[3](m.blocks[2](view))
+
+    model = net(run)
+    assert_like(convert(model), model, lambda m, x: m.head(_changed(m.stem(x), m, lambda y: y * 0.5)))
+
+
 def test_augmented_assignment_between_blocks(convert: Any) -> None:
     def run(m: Any, x: Tensor) -> Tensor:
         x = m.blocks[1](m.blocks[0](x))
@@ -862,6 +875,23 @@ def test_a_loss_on_the_side_outputs_of_branches(convert: Any) -> None:
         want = expected[name]
         got = torch.zeros_like(w) if w.grad is None else w.grad
         assert float((got - (0 if want is None else want)).abs().max()) <= 1e-9, name
+
+
+class ActivatedWithSide(WithSide):
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        inner = torch.tanh(self.l1(self.norm(x)))
+        return F.relu(x + self.l2(inner)), inner.square().mean()
+
+
+def test_side_outputs_behind_an_activation(convert: Any) -> None:
+    def run(m: Any, x: Tensor) -> Tensor:
+        total: Any = 1
+        for block in m.blocks:
+            x, side = block(x)
+            total = total + side
+        return x * total
+
+    assert_step(convert(net(run, ActivatedWithSide)))
 
 
 @pytest.mark.parametrize("tap", [0, 1, 2])

@@ -114,6 +114,7 @@ MIXED: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "cumulative": (lambda: Of(lambda x: x.cumsum(0)), TOKENS),
     "products between samples": (lambda: Of(lambda x: (x.flatten(1) @ x.flatten(1).T)[:, :1, None] * x), TOKENS),
     "the first sample": (lambda: Of(lambda x: x + x[0]), TOKENS),
+    "the first sample in a batch of its own": (lambda: Of(lambda x: x + x[:1]), TOKENS),
     "a shift by one": (lambda: Of(lambda x: torch.cat([x[1:], x[:1]])), TOKENS),
     "a number for each sample": (lambda: Of(lambda x: x * torch.arange(x.shape[0])[:, None, None]), TOKENS),
     "transposed": (lambda: Of(lambda x: x.transpose(0, 1).reshape(x.shape)), TOKENS),
@@ -125,6 +126,10 @@ MIXED: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "padded": (lambda: Of(lambda x: F.pad(x, (0, 0, 0, 0, 1, 0))[:-1]), TOKENS),
     "indexed": (lambda: Of(lambda x: x[torch.arange(x.shape[0] - 1, -1, -1)]), TOKENS),
     "distances": (lambda: Of(lambda x: torch.cdist(x.flatten(1), x.flatten(1)).mean() + x), TOKENS),
+    "distances to the others": (
+        lambda: Of(lambda x: torch.cdist(x.flatten(1), x.flatten(1)).sum(1)[:, None, None] + x),
+        TOKENS,
+    ),
     "written into a table": (
         lambda: Of(lambda x: torch.zeros(x.shape).index_add_(0, torch.tensor([0] * 6), x)),
         TOKENS,
@@ -173,6 +178,7 @@ def test_few_samples_with_many_positions(branch: nn.Module, dim: int) -> None:
     slices = slices_for(6, branch, x[0].detach(), ())
     assert slices is not None
     assert (slices.dim, len(slices)) == (dim, 6 if dim else 2)
+    assert slices.read(x[0].detach(), 1).is_contiguous()  # kernels are chosen by it
     assert revify.verify(ReversibleChain([branch, copy.deepcopy(branch)], slices=6), *x).ok
 
 
@@ -244,6 +250,16 @@ def test_with_a_budget_and_autocast(autocast: bool) -> None:
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         loss(*chain(*x)).backward()  # measures
         assert revify.verify(chain, *x).ok
+
+
+def test_two_backward_passes() -> None:
+    """The first one reconstructs states in memory that nobody else sees."""
+    chain = ReversibleChain([mlp() for _ in range(3)], slices=2)
+    y = chain(*torch.randn(2, *TOKENS, requires_grad=True).unbind())
+    before = [v.detach().clone() for v in y]
+    first, second = (torch.autograd.grad(loss(*y), list(chain.parameters()), retain_graph=True) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(y, before, strict=True))
 
 
 def test_second_derivatives() -> None:

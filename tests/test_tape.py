@@ -53,3 +53,35 @@ def test_kept_outputs_are_not_computed_again() -> None:
     assert kept is not None
     assert torch.equal(f.again(f.tensors, x, outputs=[kept + 1]), kept + 1)
     assert torch.ops.aten.convolution.default in DEAR
+
+
+def test_what_is_kept_is_found_behind_what_is_not() -> None:
+    branch = nn.Sequential(nn.Conv2d(4, 4, 1), nn.ReLU(), nn.Conv2d(4, 4, 1))
+    f = Evaluation(branch)
+    x = torch.randn(2, 4, 5, 5)
+    with torch.no_grad():
+        f.first(x, keep=(1,))
+    (kept,) = f.tape.take_outputs()
+    assert kept is not None
+    assert torch.equal(f.again(f.tensors, x, outputs=[kept + 1]), kept + 1)
+
+
+class ByAnotherKernel(nn.Module):
+    """Makes another operation where gradients are wanted."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.l1, self.l2 = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if torch.is_grad_enabled():
+            return self.l2(torch.baddbmm(self.l1.bias, x[None], self.l1.weight.T[None])[0])
+        return self.l2(self.l1(x))
+
+
+def test_operations_that_the_first_evaluation_did_not_make_are_computed() -> None:
+    f = Evaluation(ByAnotherKernel())
+    x = torch.randn(3, 4)
+    with torch.no_grad():
+        y = f.first(x, keep=(0, 1))
+    torch.testing.assert_close(f.again(f.tensors, x, outputs=f.tape.take_outputs()), y)

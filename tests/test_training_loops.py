@@ -234,6 +234,29 @@ def test_shared_weights(x: Tensor) -> None:
     both_ways(ReversibleChain([shared, branch(), shared], exact=True), lambda m: m(x, x)[0].square().sum().backward())
 
 
+class ReadsTwice(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.l1, self.l2 = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.l1(x) * self.l2(x).sigmoid()
+
+
+def test_branches_that_read_their_stream_twice() -> None:
+    """The gradients of a branch's reads add up before they are added to the stream's, whoever evaluates it."""
+    x = torch.randn(16, 8)
+
+    def run(m: nn.Module) -> Tensor:
+        given = x.clone().requires_grad_()
+        y1, y2 = m(given, given)
+        (y1 * y2.sin()).sum().backward()
+        assert given.grad is not None
+        return given.grad
+
+    both_ways(ReversibleChain([ReadsTwice() for _ in range(4)]), run)
+
+
 class Attend(nn.Module):
     """A branch with context inputs, whose inner module returns a tuple."""
 
@@ -256,6 +279,33 @@ def test_context_inputs_that_need_gradients() -> None:
         return source.grad
 
     both_ways(ReversibleChain([Attend() for _ in range(3)], exact=True), run)
+
+
+class Noting(nn.Module):
+    """Depends on a list that it is given, and adds to it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor, notes: list[int]) -> Tensor:
+        notes.append(len(notes))
+        return self.layer(x) * len(notes)
+
+
+def test_context_that_branches_change() -> None:
+    """Each second evaluation is given what the first one was given, also where there are two backward passes."""
+    x = torch.randn(2, 3, 8)
+
+    def run(m: nn.Module) -> Tensor:
+        notes: list[int] = []
+        y = m(x, x, notes)[0].square().sum()
+        y.backward(retain_graph=True)
+        y.backward()
+        assert notes == [0, 1, 2]
+        return y
+
+    both_ways(ReversibleChain([Noting() for _ in range(3)]), run)
 
 
 def test_functional_call_grad_and_vmap_in_eval(model: nn.Module, x: Tensor) -> None:

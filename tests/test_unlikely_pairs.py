@@ -45,6 +45,37 @@ def test_each_run_between_transitions_is_guarded(changed: int, exact: bool) -> N
             loss.backward()
 
 
+@pytest.mark.parametrize("size", [1e-4, 1e4])
+def test_a_transition_to_a_state_of_another_size(size: float) -> None:
+    """Each stream goes on from it on a grid of its own."""
+    model = net(depth=6)
+    model.blocks[1] = Projecting()
+    model.blocks[1].project.weight.data.mul_(size)
+    for block in model.blocks[2:]:
+        block.l2.weight.data.mul_(size)
+    result = revify.verify(revify.convert(model.float()), torch.randn(4, WIDTH))
+    assert result.ok
+    assert result.reconstruction_exact
+
+
+class Growing(Block):
+    """By a value that a grid for a state of size 1 cannot hold."""
+
+    def f(self, x: Tensor) -> Tensor:
+        return 1e5 + 1e-3 * super().f(x)
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_state_that_outgrows_its_grid_shortly_ahead_of_a_transition() -> None:
+    model = net(depth=6)
+    for i in (1, 2):
+        model.blocks[i] = Growing().double()
+    model.blocks[3] = Projecting().double()
+    converted: Any = revify.convert(model)
+    with pytest.warns(RuntimeWarning, match="grown so much since its run of updates began"):
+        square(converted(image())).backward()
+
+
 class Twice(Block):
     """Uses a weight several times, as a recurrent layer does."""
 
