@@ -19,7 +19,7 @@ test: $(READY)  ## The gate: formatting, lint, types, tests, documentation.
 test-all: $(READY)  ## The tests with the slow ones, and many more random cases.
 	HYPOTHESIS_PROFILE=thorough $(BIN)/python -m pytest --slow $(ARGS)
 
-mutants: $(READY)  ## Plants faults in the engine, which its tests must notice; half an hour (ARGS="--only REGEX": a few).
+mutants: $(READY)  ## Plants faults in the engine, which its tests must notice; a quarter of an hour (ARGS="--only REGEX": a few).
 	$(BIN)/python -m tests.mutants $(ARGS)
 
 demo: $(READY)  ## Trains a ResNet and its conversion on real digits; results in demo-output/.

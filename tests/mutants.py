@@ -213,6 +213,13 @@ MUTANTS = [
         "test_engine_faults.py -k nobody_registered",
     ),
     mutant(
+        "a saved parameter that comes back as another tensor is not known again",
+        "replay.py",
+        " and not _accumulates(node, known)",
+        "",
+        "test_training_loops.py -k saved_tensors",
+    ),
+    mutant(
         "hooks on parameters see the gradient of a replay",
         "replay.py",
         "if w.is_leaf and not w._backward_hooks:",
@@ -447,7 +454,7 @@ MUTANTS = [
     mutant(
         "an output that something has overwritten is kept",
         "kept_outputs.py",
-        "if [x._version for x in kept or () if x is not None] != self._versions[i]:",
+        "if [x._version for x in tensors_of(kept)] != self._versions[i]:",
         "if False:",
         "test_tape.py",
     ),
@@ -457,6 +464,13 @@ MUTANTS = [
         "                self.position += 1\n                if kept is not None:\n",
         "                if kept is not None:\n                    self.position += 1\n",
         "test_tape.py",
+    ),
+    mutant(
+        "attention that is kept lacks the sums that its gradient needs",
+        "kept_outputs.py",
+        "if kept and op in WITHOUT_SUMS:",
+        "if False:",
+        "test_devices.py -k attention",
     ),
     mutant(
         "a norm in eval mode is taken for one in training",
