@@ -16,7 +16,8 @@ from revify._engine.region import After, Bound, Code, Function
 from revify._engine.stand_ins import Held
 
 _DRAWING = re.compile("drop|rand|bernoulli|normal_|multinomial|uniform|exponential|poisson|attention|rrelu|fractional")
-_QUIET_MODULES = ("torch.nn.functional.", "torch.", "_operator.", "operator.", "math.", "builtins.", "revify.")
+_QUIET = ("torch.", "_operator.", "operator.", "math.", "builtins.", "revify.")
+_OPERATORS = ("torch.ops", "torch._ops")  # anybody's
 _WITH_DROPOUT = (nn.RNNBase, nn.Transformer, nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
 
 
@@ -46,6 +47,9 @@ def _code_may_draw(function: Function) -> bool:
 
 def _source_may_draw(code: Code) -> bool:
     if code.may_draw is None:
-        foreign = [path for path in code.names.values() if not path.startswith(_QUIET_MODULES)]
-        code.may_draw = bool(code.objects or foreign or _DRAWING.search(code.source.lower()))
+        foreign = [
+            path for path in code.names.values() if not f"{path}.".startswith(_QUIET) or path.startswith(_OPERATORS)
+        ]
+        functions = [x for x in code.objects.values() if not isinstance(x, (float, type))]  # every code has inf and nan
+        code.may_draw = bool(functions or foreign or _DRAWING.search(code.source.lower()))
     return code.may_draw
