@@ -435,14 +435,15 @@ def halved(counts: Counter[str]) -> Counter[str]:
 # Of the views 4 hand over the parameters' gradients. "add" sums the gradients that meet in a stream: it makes a tensor
 # where a mode looks on, as here, and is done in place otherwise. What a linear layer returns is a view, whose memory
 # the coupling does not take in the forward pass: tensors are made for it on the grid, and for the sum.
+# Whether a sum is made in place is left open: a debugger, or Dynamo once it has run, holds references of its own.
 UPDATES = {
-    (conv, False): ({"new_empty": 1, "add": 1, "add_": 1, "sub_": 1}, {"views": 10, "made": 1}),
-    (conv, True): ({"new_empty": 1, "add": 1, "add_": 3, "sub_": 3}, {"views": 10, "made": 1}),
-    (linear, False): ({"new_empty": 1, "add": 1, "add_": 1, "sub_": 1}, {"views": 11, "made": 1}),
-    (linear, True): ({"new_empty": 1, "add": 1, "add_": 3, "sub_": 3}, {"views": 11, "made": 1}),
+    (conv, False): ({"new_empty": 1, "add": 2, "sub": 1}, 10),
+    (conv, True): ({"new_empty": 1, "add": 4, "sub": 3}, 10),
+    (linear, False): ({"new_empty": 1, "add": 2, "sub": 1}, 11),
+    (linear, True): ({"new_empty": 1, "add": 4, "sub": 3}, 11),
 }
 # For a whole chain: the grid, the guard and its looks at the extent. What is copied are samples.
-ONCE = {False: (16, {"views": 29, "made": 1, "copied": 4096}), True: (69, {"views": 46, "made": 6, "copied": 2048})}
+ONCE = {False: (16, {"views": 29, "copied": 4096}), True: (69, {"views": 46, "copied": 2048})}
 
 
 @pytest.mark.parametrize("exact", [True, False], ids=["exact", "rounding"])
@@ -452,9 +453,13 @@ def test_what_is_computed_beyond_the_branches(make: Any, shape: tuple[int, ...],
     x = torch.randn(shape)
     branch, three, five = of_branch(make, x), of_chain(make, 3, exact, x), of_chain(make, 5, exact, x)
     operations, totals = (halved(left(five[i], (1, three[i]), (2, branch[i]))) for i in range(2))
-    assert (operations, totals) == UPDATES[make, exact]
+    plain = Counter()  # type: Counter[str]
+    for name, count in operations.items():
+        plain[name.removesuffix("_")] += count
+    assert (plain, totals["views"]) == UPDATES[make, exact]
     assert left(three[0], (3, branch[0]), (3, operations)).total() == ONCE[exact][0]
-    assert left(three[1], (3, branch[1]), (3, totals)) == ONCE[exact][1]
+    once = left(three[1], (3, branch[1]), (3, totals))
+    assert {name: once[name] for name in ("views", "copied")} == ONCE[exact][1]
 
 
 def test_channels_last_is_kept_without_a_copy() -> None:

@@ -41,10 +41,9 @@ def trace(
     while True:
         tracer = Tracer(module, forward, key, names, inlined, functions, values)
         try:
-            try:
-                return tracer.result()
-            finally:
-                vars(tracer).clear()  # tracing leaves a cycle behind, which would hold the module
+            result = tracer.result()
+            vars(tracer).clear()  # tracing leaves a cycle behind, which would hold the module
+            return result
         except Untraceable:
             raise
         except Exception as error:
