@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import ast
-import importlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from revify._engine.region import imported
 
 PACKAGE = Path(__file__).parent.parent / "revify"
 
@@ -89,11 +90,7 @@ def test_each_name_is_there() -> None:
 
 
 def exists(path: str) -> bool:
-    parts = path.split(".")
-    for length in range(len(parts), 0, -1):
-        try:
-            found: Any = importlib.import_module(".".join(parts[:length]))
-        except ImportError:
-            continue
-        return all((found := getattr(found, name, None)) is not None for name in parts[length:])
-    return False
+    try:
+        return imported(path) is not None
+    except (ImportError, AttributeError):
+        return False
