@@ -4,6 +4,7 @@ from revify import models
 from revify._analysis.report import Report
 from revify._conversion.convert import convert, explain, report
 from revify._engine.chain import ReversibleChain, store_activations
+from revify._engine.schemes import BDIA, Dr2, Midpoint, Momentum, Recurrence, RevNet
 from revify._engine.surroundings import is_replaying
 from revify._errors import NotConvertibleError, ReconstructionError, RevifyError
 from revify._measure import kept_bytes, peak_bytes
@@ -13,11 +14,17 @@ from revify._tools.largest import Largest, largest_that_fits
 from revify._tools.verify import Verification, verify
 
 __all__ = [
+    "BDIA",
+    "Dr2",
     "Estimate",
     "Largest",
+    "Midpoint",
+    "Momentum",
     "NotConvertibleError",
     "ReconstructionError",
+    "Recurrence",
     "Report",
+    "RevNet",
     "ReversibleChain",
     "RevifyError",
     "StepMemory",

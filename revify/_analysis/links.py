@@ -10,7 +10,7 @@ Requires: `Blocks` of a model. Leaves: `Chain`s.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -86,25 +86,26 @@ def segments_of(block: Block) -> list[Segment]:
     runs: list[list[Unit]] = []
     run_of: dict[fx.Node, list[Unit]] = {}
     for unit in units:
-        run = run_of.get(_back(ops, unit.z))
-        if run is None or run[-1] is not totals[_back(ops, unit.z)]:
+        before = _back(ops, unit.z, totals)
+        run = run_of.get(before)
+        if run is None or run[-1] is not totals[before]:
             run = []
             runs.append(run)
         run.append(unit)
         run_of[unit.total] = run
     (output,) = (n for n in ops.graph.nodes if n.op == "output")
-    returned = {_back(ops, node): place for place, node in _places(output.args[0])}
+    returned = {_back(ops, node, totals): place for place, node in _places(output.args[0])}
     found = []
     for run in runs:
-        start = _back(ops, run[0].z)
+        start = _back(ops, run[0].z, ())
         entry = placeholders.index(start) if start in placeholders else None
         found.append(Segment(block, tuple(run), entry, returned.get(run[-1].total)))
     return found
 
 
-def _back(ops: Operations, node: fx.Node) -> fx.Node:
-    """The value that a node is, but for views and activations, which act on the streams."""
-    while ops.is_view(node) or ops.is_activation(node) or ops.is_identity(node):
+def _back(ops: Operations, node: fx.Node, totals: Collection[fx.Node]) -> fx.Node:
+    """The value that a node is, but for views and activations, which act on the streams; one of the ``totals``."""
+    while node not in totals and (ops.is_view(node) or ops.is_activation(node) or ops.is_identity(node)):
         inputs = list(ops.data_inputs(node))
         if len(inputs) != 1:
             break

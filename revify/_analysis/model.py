@@ -83,7 +83,7 @@ class Block:
 
     def where(self, unit: Unit) -> str:
         """The path of the module in which the unit's addition stands."""
-        return joined(self.path, module_path(unit.total))
+        return joined(self.path, module_path(unit.addition))
 
 
 @dataclass
@@ -113,10 +113,11 @@ class Blocks:
 
 
 class Analyser:
-    """Looks into the modules of one model, each once."""
+    """Looks into the modules of one model, each once. ``whole_blocks``: whether what follows an addition may belong to
+    its unit."""
 
-    def __init__(self, calls: Mapping[str, Call | None] | None = None) -> None:
-        self.calls = calls or {}
+    def __init__(self, calls: Mapping[str, Call | None] | None = None, whole_blocks: bool = False) -> None:
+        self.calls, self.whole_blocks = calls or {}, whole_blocks
         self._graphs: dict[int, fx.Graph | None] = {}
         self._kept: list[nn.Module] = []  # so that no id is used twice
 
@@ -184,9 +185,9 @@ class Analyser:
         if any(n.op == "call_method" and n.target == "__call__" for n in traced.graph.nodes):
             raise Untraceable("callable")
         ops = Operations(traced.graph, module, self.graph)
-        finder = UnitFinder(ops)
+        finder = UnitFinder(ops, self.whole_blocks)
         units = finder.units()
-        return Analysed(traced, ops, tuple(units), tuple(unit.total.name for unit in units)), finder.refusals
+        return Analysed(traced, ops, tuple(units), tuple(unit.addition.name for unit in units)), finder.refusals
 
     def _settled(
         self, module: nn.Module, key: Any, names: Sequence[str], example: Example | None, forward: Any
@@ -258,7 +259,7 @@ class Analyser:
                     path = joined(block.path, str(node.target))
                     held = [b for p, b in found.blocks.items() if p == path or p.startswith(path + ".")]
                     if held:
-                        inside.setdefault(unit.total.name, []).extend(held)
+                        inside.setdefault(unit.addition.name, []).extend(held)
         if not inside:
             found.blocks[block.path] = block
             return
@@ -271,7 +272,7 @@ class Analyser:
         inner = 0
         widest = 0
         for unit in block.units:
-            held = inside.get(unit.total.name, [])
+            held = inside.get(unit.addition.name, [])
             units = [(b, u) for b in held for u in b.units]
             weights = [sum(map(b.analysed[0].ops.weight, u.branch)) for b, u in units]
             rest = finder_weight(unit) - sum(weights)

@@ -16,7 +16,22 @@ from revify._analysis.operations import Operations
 from revify._analysis.stem import Stem, find_stem
 from revify._analysis.traced import Trace, Untraceable
 from revify._analysis.widening import NotWidenable, Widening, widen_entry, widen_exit
+from revify._engine.schemes import Scheme
 from revify._refusals import Refusal, reason
+
+
+@dataclass(frozen=True)
+class Form:
+    """What the user asks for: the scheme, and how streams begin, end, and go through projections."""
+
+    scheme: Scheme
+    entry: str
+    exit: str
+    tie_shortcuts: bool
+
+    @property
+    def whole_blocks(self) -> bool:
+        return self.scheme.of_last
 
 
 @dataclass(frozen=True)
@@ -30,6 +45,7 @@ class ChainPlan:
 
     @property
     def updates(self) -> int:
+        """How many there are in two streams; at most, of other schemes."""
         units = [unit for segment in self.chain.segments for unit in segment.units]
         lone = [
             unit.skip is not None and (i + 1 == len(units) or units[i + 1].skip is not None)
@@ -59,11 +75,11 @@ class Plan:
     handing_on: frozenset[str]
     assumed: tuple[tuple[str, str], ...]
     stem: StemPlan | None
-    tie_shortcuts: bool
+    form: Form
     refusals: tuple[Refusal, ...]
 
 
-def make_plan(root: nn.Module, found: Blocks, links: Links, *, entry: str, exit: str, tie_shortcuts: bool) -> Plan:
+def make_plan(root: nn.Module, found: Blocks, links: Links, form: Form) -> Plan:
     plans: list[ChainPlan] = []
     refusals: list[Refusal] = []
     calls = {segment.block.path for chain in links.chains for segment in chain.segments}
@@ -74,18 +90,18 @@ def make_plan(root: nn.Module, found: Blocks, links: Links, *, entry: str, exit:
             refusals.append(Refusal(where, "saves-nothing", reason("saves-nothing")))
             continue
         try:
-            if (entry == "widen" or exit == "concat") and links.graph is None:
+            if (form.entry == "widen" or form.exit == "concat") and links.graph is None:
                 raise NotWidenable("the model's own forward cannot be traced")
-            widened_entry = widen_entry(chain, root, links, calls) if entry == "widen" else None
-            widened_exit = widen_exit(chain, root, links, calls) if exit == "concat" else None
+            widened_entry = widen_entry(chain, root, links, calls) if form.entry == "widen" else None
+            widened_exit = widen_exit(chain, root, links, calls) if form.exit == "concat" else None
         except NotWidenable as error:
             refusals.append(Refusal(where, "not-widenable", reason("not-widenable", found=error)))
             continue
         plans.append(ChainPlan(f"chain {len(plans) + 1}", chain, widened_entry, widened_exit))
-    kept = {(s.block.path, unit.total.name) for plan in plans for s in plan.chain.segments for unit in s.units}
+    kept = {(s.block.path, unit.addition.name) for plan in plans for s in plan.chain.segments for unit in s.units}
     blocks = tuple(b for block in found.blocks.values() if (b := block.only(kept)) is not None)
     stem = _stem(root, blocks) if blocks else None
-    return Plan(tuple(plans), blocks, links.handing_on, links.assumed, stem, tie_shortcuts, tuple(refusals))
+    return Plan(tuple(plans), blocks, links.handing_on, links.assumed, stem, form, tuple(refusals))
 
 
 _WORTHLESS = 2  # tensors; a chain keeps its two streams

@@ -31,6 +31,7 @@ class Unit:
         skip_end: the value that is added to the branch; z itself for an identity unit.
         sums: the additions that make up the total, the last one being the total.
         sides: the nodes of the branch whose values are read outside of it too.
+        within: the addition, where the unit is a whole block, ``total = branch(z)``, with what follows the addition.
     """
 
     z: fx.Node
@@ -42,6 +43,11 @@ class Unit:
     skip_end: fx.Node
     sums: tuple[fx.Node, ...]
     sides: tuple[fx.Node, ...] = ()
+    within: fx.Node | None = None
+
+    @property
+    def addition(self) -> fx.Node:
+        return self.total if self.within is None else self.within
 
     @property
     def kind(self) -> str:
@@ -57,10 +63,11 @@ class _Refused(Exception):
 
 
 class UnitFinder:
-    """Finds the units of one graph; what it refuses is added to ``refusals``."""
+    """Finds the units of one graph; what it refuses is added to ``refusals``. ``whole_blocks``: activations and norms
+    that follow an addition belong to its unit, and so does a projection."""
 
-    def __init__(self, ops: Operations) -> None:
-        self.ops = ops
+    def __init__(self, ops: Operations, whole_blocks: bool = False) -> None:
+        self.ops, self.whole_blocks = ops, whole_blocks
         self.nodes = list(ops.graph.nodes)
         self.order = {node: i for i, node in enumerate(self.nodes)}
         # Bit i of a node's set: its value depends on that of node i.
@@ -78,7 +85,8 @@ class UnitFinder:
     def units(self) -> list[Unit]:
         """The units that lie within no other, in the graph's order."""
         units = self._outermost(self.nodes)
-        units = self._without_circles(self._without_post_norm(units))
+        units = self._whole(units) if self.whole_blocks else self._without_post_norm(units)
+        units = self._without_circles(units)
         self.refusals.sort(key=lambda entry: self.order[entry[0]])
         return units
 
@@ -325,21 +333,7 @@ class UnitFinder:
         """The units without those whose sum goes through a norm before the next skip reads it, or before the module
         returns it, as all its sums do."""
         by_z = {unit.z: unit for unit in units}
-        normed: dict[fx.Node, Unit | None] = {}  # a total and the unit that reads its norm (None: it is returned)
-        for unit in units:
-            node, norms = unit.total, 0
-            while True:
-                users = self.ops.data_users(node)
-                if len(users) != 1 or not (self.ops.is_norm(users[0]) or self.ops.is_activation(users[0])):
-                    break
-                node, norms = users[0], norms + self.ops.is_norm(users[0])
-                if norms and node in by_z and by_z[node].skip is None:
-                    break
-            users = self.ops.data_users(node)
-            if norms and node in by_z and by_z[node].skip is None:
-                normed[unit.total] = by_z[node]
-            elif norms and users and all(user.op == "output" for user in users):
-                normed[unit.total] = None
+        normed = {total: by_z.get(path[-1]) for total, path in self._norms_after(units).items()}
         refused = {total for total, reader in normed.items() if reader is not None}
         refused |= {reader.total for reader in normed.values() if reader is not None}
         if len(normed) == len(units):
@@ -348,6 +342,46 @@ class UnitFinder:
             if unit.total in refused:
                 self.refusals.append((unit.total, "post-norm", reason("post-norm")))
         return [unit for unit in units if unit.total not in refused]
+
+    def _norms_after(self, units: list[Unit]) -> dict[fx.Node, list[fx.Node]]:
+        """The activations and norms between a sum and the next skip that reads it, or the module's result; for those
+        sums where there is a norm among them."""
+        skipped = {unit.z for unit in units if unit.skip is None}
+        found: dict[fx.Node, list[fx.Node]] = {}
+        for unit in units:
+            path, norms = [unit.total], 0
+            while not (norms and path[-1] in skipped):
+                users = self.ops.data_users(path[-1])
+                if len(users) != 1 or not (self.ops.is_norm(users[0]) or self.ops.is_activation(users[0])):
+                    break
+                path.append(users[0])
+                norms += self.ops.is_norm(users[0])
+            users = self.ops.data_users(path[-1])
+            if norms and (path[-1] in skipped or (users and all(user.op == "output" for user in users))):
+                found[unit.total] = path
+        return found
+
+    def _whole(self, units: list[Unit]) -> list[Unit]:
+        """The units, those as whole blocks that are more than ``z + f(z)``."""
+        normed = self._norms_after(units)
+        return [self._as_block(unit, normed.get(unit.total) or self._activations_after(unit)) for unit in units]
+
+    def _activations_after(self, unit: Unit) -> list[fx.Node]:
+        path = [unit.total]
+        users = self.ops.data_users(unit.total)
+        while len(users) == 1 and self.ops.is_activation(users[0]) and not self.ops.is_identity(users[0]):
+            path.append(users[0])
+            users = self.ops.data_users(users[0])
+        return path
+
+    def _as_block(self, unit: Unit, path: Sequence[fx.Node]) -> Unit:
+        """``path``: the addition and what follows it."""
+        if unit.skip is None and len(path) == 1:
+            return unit
+        end = path[-1]
+        nodes = tuple(sorted(unit.nodes() | set(path), key=self.order.__getitem__))
+        whole = Unit(unit.z, (), end, ((end, 1.0),), nodes, unit.skip, unit.z, (), (), unit.total)
+        return self._with_sides(whole)
 
 
 _MAKE_TUPLES = {"chunk", "split", "unbind", "tensor_split", "meshgrid", "broadcast_tensors"}

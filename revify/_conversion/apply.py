@@ -7,6 +7,7 @@ their own classes.
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 
 from torch import Tensor, nn
 
@@ -26,19 +27,19 @@ def apply(
     plan: Plan, root: nn.Module, report: Report, exact: bool, memory_budget: float | None, slices: int
 ) -> nn.Module:
     """Consumes ``root``."""
-    settings = Settings(exact, None if memory_budget is None else Budget(memory_budget), slices)
+    settings = Settings(plan.form.scheme, exact, None if memory_budget is None else Budget(memory_budget), slices)
     for end in (end for chain in plan.chains for end in (chain.entry, chain.exit) if end is not None):
         resize.apply(end, root)
     changed: dict[str, nn.Module] = {}
     for block in plan.blocks:
         module = root.get_submodule(block.path)
-        code = BlockCode(
-            settings, block.path, compile_variant, [rewrite(a.trace, a.ops, a.units, a.names) for a in block.analysed]
-        )
+        inner = _inside(block, plan.blocks)
+        variants = [rewrite(a.trace, a.ops, a.units, a.names, inner) for a in block.analysed]
+        code = BlockCode(settings, block.path, compile_variant, variants, inner)
         code.ends = block.path not in plan.handing_on
         code.is_followed = any(before == block.path for before, _ in plan.assumed)
         code.follows = next((before for before, path in plan.assumed if path == block.path), None)
-        if not plan.tie_shortcuts and any(unit.skip for unit in block.units):
+        if not plan.form.tie_shortcuts and any(unit.skip for unit in block.units):
             code.second = _second_projections(block, module)
         module.__dict__[BLOCK] = code
         changed[block.path] = module
@@ -49,7 +50,7 @@ def apply(
         starts[first.block.name(first.units[0])] = Start(chain.name, chain.updates, halves, axis)
     if plan.stem is not None:
         stem = plan.stem
-        variant = rewrite(stem.trace, stem.ops, (), (), stem.stem)
+        variant = rewrite(stem.trace, stem.ops, (), (), stem=stem.stem)
         code = BlockCode(settings, stem.path, None, [variant])
         changed[stem.path] = root.get_submodule(stem.path)
         changed[stem.path].__dict__[BLOCK] = code
@@ -62,6 +63,12 @@ def apply(
         if isinstance(module, nn.TransformerEncoder):  # nested tensors have no streams
             module.use_nested_tensor = module.enable_nested_tensor = False
     return root
+
+
+def _inside(block: Block, blocks: Sequence[Block]) -> tuple[str, ...]:
+    """The paths of the blocks inside of a block, in it."""
+    start = f"{block.path}." if block.path else ""
+    return tuple(b.path.removeprefix(start) for b in blocks if b is not block and b.path.startswith(start))
 
 
 def _second_projections(block: Block, module: nn.Module) -> str:

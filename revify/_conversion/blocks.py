@@ -26,10 +26,20 @@ from revify._refusals import reason
 
 class BlockUnit:
     """A residual addition of a block: ``skip(z) + branch(z)``. ``heads`` are norms that both share; then branch and
-    skip read what these return."""
+    skip read what these return. Where the unit is a ``whole`` block, the branch is all of it, and ``restarts`` says
+    whether it changes the shape."""
 
-    def __init__(self, name: str, branch: Region, skip: Region | None, heads: Region | None) -> None:
+    def __init__(
+        self,
+        name: str,
+        branch: Region,
+        skip: Region | None = None,
+        heads: Region | None = None,
+        whole: bool = False,
+        restarts: bool = False,
+    ) -> None:
         self.name, self.branch, self.skip, self.heads = name, branch, skip, heads
+        self.whole, self.restarts = whole, restarts
 
     def __call__(self, block: nn.Module, z: Any, *context: Any) -> tuple[Any, ...]:
         """The streams after the unit, and what the branch returned besides. ``z`` are streams, which it goes on from,
@@ -51,8 +61,10 @@ class BlockUnit:
         context = tuple(merged(x) for x in context)
         name = joined(code.path, self.name)
         f = after_heads(heads, f)
-        if skip is None or skip2 is None:
-            sides = state.identity(name, f, context)
+        if self.restarts:
+            sides = state.restart(name, f, context)
+        elif skip is None or skip2 is None:
+            sides = state.identity(name, f, context, block=self.whole)
         else:
             sides = state.transition(name, f, after_heads(heads, skip), after_heads(heads, skip2), context)
         return Streams(Shared(state)), *sides
@@ -124,6 +136,7 @@ class BlockCode:
     Attributes:
         settings: those of the model.
         path: of the block in the model.
+        inner: the paths of the blocks inside of this one.
         starts: what is known of the chains that begin here, by the name of their first unit.
         ends: whether nobody goes on from the streams that it returns.
         follows: the block whose streams it is taken to go on from, where that could not be seen; ``is_followed``:
@@ -131,8 +144,15 @@ class BlockCode:
         second: the child with stream 2's own projections, where they are not shared.
     """
 
-    def __init__(self, settings: Settings, path: str, compile: Compile | None, variants: Sequence[Variant]) -> None:
-        self.settings, self.path, self.compile = settings, path, compile
+    def __init__(
+        self,
+        settings: Settings,
+        path: str,
+        compile: Compile | None,
+        variants: Sequence[Variant],
+        inner: Sequence[str] = (),
+    ) -> None:
+        self.settings, self.path, self.compile, self.inner = settings, path, compile, inner
         self.variants = list(variants)
         self.starts: dict[str, Start] = {}
         self.ends = False

@@ -13,14 +13,15 @@ from torch import Tensor, nn
 from revify._analysis.links import find_links
 from revify._analysis.model import Analyser, Block
 from revify._analysis.observe import observe, random_numbers_kept
-from revify._analysis.plan import Plan, little_saved, make_plan
+from revify._analysis.plan import ChainPlan, Form, Plan, little_saved, make_plan
 from revify._analysis.report import ChainReport, Report, UnitReport
 from revify._arguments import rebound
 from revify._conversion.apply import apply
 from revify._conversion.blocks import MODEL, Converted
 from revify._conversion.trial import as_observed, refusal, trial
 from revify._engine.budget import check_memory_budget
-from revify._engine.chain import check_coupling, check_exact, check_slices, settings_of
+from revify._engine.chain import check_exact, check_grid, check_slices, settings_of
+from revify._engine.schemes import Scheme, scheme_of
 from revify._errors import NotConvertibleError, RevifyError
 from revify._paths import joined
 from revify._refusals import Refusal, reason
@@ -30,7 +31,7 @@ def convert(
     model: nn.Module,
     example_inputs: Any = None,
     *,
-    coupling: str = "revnet",
+    coupling: str | Scheme = "revnet",
     entry: str = "duplicate",
     exit: str = "mean",
     tie_shortcuts: bool = True,
@@ -51,7 +52,10 @@ def convert(
         example_inputs: a tensor, a tuple of positional inputs or a dict of keyword inputs, of which shapes and dtypes
             matter. With them the calls of the blocks are seen, and tried, without values: needed where a block's
             forward asks for shapes, and worth giving where the model's own code cannot be traced.
-        coupling: the recurrence; ``"revnet"`` is the one there is.
+        coupling: the scheme: ``"revnet"``, or one of `RevNet`, `Midpoint`, `Momentum`, `Dr2`, `BDIA`, `Recurrence`.
+            All but RevNet go on from one value to the next, so that whole blocks may stand between two of them
+            (post-norm, an activation after the addition), and evaluate a block that changes the shape as it is; `BDIA`,
+            and `Dr2` at its start, keep the function of a pretrained network.
         entry: how the two streams begin: ``"duplicate"`` (both are the chain's input) or ``"widen"`` (the layer that
             makes the input gets twice the output channels, and its output is split in halves by channel).
         exit: how they end: ``"mean"`` ((x1 + x2) / 2) or ``"concat"`` (by channel; the layers that read the result
@@ -71,8 +75,8 @@ def convert(
         NotConvertibleError: no unit can be converted, or, with ``strict``, not every one; lists each reason.
         RevifyError: an argument is not as it must be.
     """
-    _check_options(coupling, entry, exit, tie_shortcuts, exact, memory_budget, slices, strict)
-    analysis = _analyse(model, example_inputs, entry=entry, exit=exit, tie_shortcuts=tie_shortcuts)
+    scheme = _check_options(coupling, entry, exit, tie_shortcuts, exact, memory_budget, slices, strict)
+    analysis = _analyse(model, example_inputs, Form(scheme, entry, exit, tie_shortcuts))
     report = analysis.report
     if not report.chains:
         raise NotConvertibleError(
@@ -89,7 +93,7 @@ def explain(
     model: nn.Module,
     example_inputs: Any = None,
     *,
-    coupling: str = "revnet",
+    coupling: str | Scheme = "revnet",
     entry: str = "duplicate",
     exit: str = "mean",
     tie_shortcuts: bool = True,
@@ -104,8 +108,8 @@ def explain(
     Raises:
         RevifyError: an argument is not as it must be.
     """
-    _check_options(coupling, entry, exit, tie_shortcuts, exact, memory_budget, slices, strict)
-    return _analyse(model, example_inputs, entry=entry, exit=exit, tie_shortcuts=tie_shortcuts).report
+    scheme = _check_options(coupling, entry, exit, tie_shortcuts, exact, memory_budget, slices, strict)
+    return _analyse(model, example_inputs, Form(scheme, entry, exit, tie_shortcuts)).report
 
 
 def report(model: nn.Module) -> Report:
@@ -132,21 +136,21 @@ class _Analysis:
     report: Report
 
 
-def _analyse(model: nn.Module, example_inputs: Any, *, entry: str, exit: str, tie_shortcuts: bool) -> _Analysis:
+def _analyse(model: nn.Module, example_inputs: Any, form: Form) -> _Analysis:
     if not isinstance(model, nn.Module):
         raise RevifyError(f"model must be a torch.nn.Module, got {type(model).__name__}.")
     check_plain(model)
     with random_numbers_kept():
-        return _analysed(_copy(model), example_inputs, entry=entry, exit=exit, tie_shortcuts=tie_shortcuts)
+        return _analysed(_copy(model), example_inputs, form)
 
 
-def _analysed(root: nn.Module, example_inputs: Any, *, entry: str, exit: str, tie_shortcuts: bool) -> _Analysis:
+def _analysed(root: nn.Module, example_inputs: Any, form: Form) -> _Analysis:
     calls = {} if example_inputs is None else observe(root, example_inputs)
-    found = Analyser(calls).blocks(root)
+    found = Analyser(calls, form.whole_blocks).blocks(root)
     failed: list[Refusal] = []
     while True:
-        plan = make_plan(root, found, find_links(root, found), entry=entry, exit=exit, tie_shortcuts=tie_shortcuts)
-        if example_inputs is None or not plan.chains or entry != "duplicate" or exit != "mean":
+        plan = make_plan(root, found, find_links(root, found), form)
+        if example_inputs is None or not plan.chains or form.entry != "duplicate" or form.exit != "mean":
             break
         outcome = trial(plan, root, example_inputs)
         if outcome.failed is None:
@@ -159,7 +163,7 @@ def _analysed(root: nn.Module, example_inputs: Any, *, entry: str, exit: str, ti
     name = type(root).__name__
     if not plan.chains and not refusals:
         refusals = (Refusal(name, "no-additions", reason("no-additions")),)
-    chains = tuple(_chain_report(chain) for chain in plan.chains)
+    chains = tuple(_chain_report(chain, form) for chain in plan.chains)
     return _Analysis(
         root, plan, Report(name, chains, refusals, (*_notes(plan), *little_saved(root, plan.chains), *found.notes))
     )
@@ -224,7 +228,7 @@ def check_plain(model: nn.Module) -> None:
         )
 
 
-def _chain_report(plan: Any) -> ChainReport:
+def _chain_report(plan: ChainPlan, form: Form) -> ChainReport:
     return ChainReport(
         plan.name,
         tuple(
@@ -233,17 +237,14 @@ def _chain_report(plan: Any) -> ChainReport:
             for unit in segment.units
         ),
         "duplicate" if plan.entry is None else "widen",
-        "mean" if plan.exit is None else "concat",
+        "concat" if plan.exit is not None else "last" if form.scheme.of_last else "mean",
     )
 
 
 def _notes(plan: Plan) -> list[str]:
     notes = []
     if plan.chains:
-        notes.append(
-            "The converted model is another function of the same parameters: trained weights are a start to "
-            "fine-tune from."
-        )
+        notes.append(plan.form.scheme.note)
     blocks = {s.block.path: s.block for c in plan.chains for s in c.chain.segments}.values()
     if any(_moves_activation(block) for block in blocks):
         notes.append(
@@ -267,7 +268,7 @@ def _listing(head: str, refusals: tuple[Refusal, ...]) -> str:
 
 
 def _check_options(
-    coupling: str,
+    coupling: str | Scheme,
     entry: str,
     exit: str,
     tie_shortcuts: bool,
@@ -275,9 +276,10 @@ def _check_options(
     memory_budget: float | None,
     slices: int,
     strict: bool,
-) -> None:
-    check_coupling(coupling)
+) -> Scheme:
+    scheme = scheme_of(coupling)
     check_exact(exact)
+    check_grid(scheme, exact)
     check_memory_budget(memory_budget)
     check_slices(slices)
     if entry not in ("duplicate", "widen"):
@@ -287,3 +289,11 @@ def _check_options(
     for name, value in (("tie_shortcuts", tie_shortcuts), ("strict", strict)):
         if not isinstance(value, bool):
             raise RevifyError(f"{name} must be True or False, got {value!r}.")
+    chosen = {"entry": entry != "duplicate", "exit": exit != "mean", "tie_shortcuts": not tie_shortcuts}
+    for name, is_chosen in chosen.items():
+        if scheme.of_last and is_chosen:
+            raise RevifyError(
+                f"{name} is for the two streams of coupling='revnet'; {type(scheme).__name__} goes on from one value "
+                "to the next: leave it out."
+            )
+    return scheme

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import operator
 import types
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from torch import fx
@@ -26,17 +26,28 @@ from revify._engine.runtime import activate, activated, merged, run_stem, run_un
 
 
 def rewrite(
-    trace: Trace, ops: Operations, units: Sequence[Unit], names: Sequence[str], stem: Stem | None = None
+    trace: Trace,
+    ops: Operations,
+    units: Sequence[Unit],
+    names: Sequence[str],
+    inner: Collection[str] = (),
+    stem: Stem | None = None,
 ) -> Variant:
-    """``names`` are those of the units."""
-    return _Rewriting(trace, ops, units, names, stem).variant()
+    """``names`` are those of the units, ``inner`` the paths of blocks inside of this one, to which streams may go."""
+    return _Rewriting(trace, ops, units, names, inner, stem).variant()
 
 
 class _Rewriting:
     def __init__(
-        self, trace: Trace, ops: Operations, units: Sequence[Unit], names: Sequence[str], stem: Stem | None
+        self,
+        trace: Trace,
+        ops: Operations,
+        units: Sequence[Unit],
+        names: Sequence[str],
+        inner: Collection[str],
+        stem: Stem | None,
     ) -> None:
-        self.trace, self.ops, self.units, self.names, self.stem = trace, ops, units, names, stem
+        self.trace, self.ops, self.units, self.names, self.inner, self.stem = trace, ops, units, names, inner, stem
         self.graph = fx.Graph()
         self.block = self.graph.placeholder("block")
         self.parts = self.graph.placeholder("parts")
@@ -99,6 +110,8 @@ class _Rewriting:
         name = self.names[self.units.index(unit)]
         branch = self._region((), unit.branch, unit.terms, [self._start(unit), *context], unit.sides)
         skip = heads = None
+        if unit.within is not None:
+            return BlockUnit(name, branch, whole=True, restarts=unit.skip is not None)
         if unit.skip is not None:
             skip = self._region((), unit.skip, [(unit.skip_end, 1.0)], [self._start(unit)])
         if unit.heads:
@@ -131,9 +144,18 @@ class _Rewriting:
             return self.graph.call_function(activated, (part, self.block, self._copy(source)))
         if node.op == "get_attr":
             return self._attribute(node)
-        views = self.ops.is_shape_read(node) or self.ops.is_view(node) or isinstance(node.target, type)
-        read = self._copy if views else self._value
+        untouched = (
+            self.ops.is_shape_read(node)
+            or self.ops.is_view(node)
+            or isinstance(node.target, type)
+            or self._holds_a_block(node)
+        )
+        read = self._copy if untouched else self._value
         return _emit(self.graph, node, read, str(node.target))
+
+    def _holds_a_block(self, node: fx.Node) -> bool:
+        target = str(node.target)
+        return node.op == "call_module" and any(p == target or p.startswith(f"{target}.") for p in self.inner)
 
     def _is_moved(self, node: fx.Node) -> bool:
         """Whether the node is an activation that goes with the streams."""
@@ -186,6 +208,8 @@ class _Rewriting:
                     continue
                 if self.ops.writes(node) is not None:
                     copies[before] = graph.call_method("clone", (copies[before],))
+            elif inputs and self.ops.writes(node) is inputs[0]:  # which is a state
+                copies[inputs[0]] = graph.call_method("clone", (copies[inputs[0]],))
             copies[node] = _emit(graph, node, copied, target)
         total = _sum(graph, [(copied(node), factor) for node, factor in result])
         graph.output((total, *[copied(side) for side in sides]) if sides else total)
@@ -221,8 +245,8 @@ def _emit(graph: fx.Graph, node: fx.Node, read: Any, target: str) -> fx.Node:
     args, kwargs = fx.map_arg(node.args, read), fx.map_arg(node.kwargs, read)
     context: Context = node.meta.get("context", Context())
     if context == Context():
-        made = graph.create_node(node.op, target if node.op != "call_function" else node.target, args, kwargs)
-        return made
+        name = "itself" if target == "self" else None  # the result of a module's child of this name
+        return graph.create_node(node.op, target if node.op != "call_function" else node.target, args, kwargs, name)
     if node.op == "call_module":
         return graph.call_function(under, (context.grad, context.autocast, graph.get_attr(target), *args), kwargs)
     if node.op == "call_method":

@@ -17,16 +17,19 @@ from revify._errors import NotConvertibleError
 
 def compile_variant(block: nn.Module, key: Any, inputs: Sequence[Any]) -> Variant | None:
     """None where such a call has no residual units, and the block's own forward is to run."""
-    path = block.__dict__[BLOCK].path or type(block).__name__
+    code = block.__dict__[BLOCK]
+    path = code.path or type(block).__name__
     try:
-        analysed, _ = Analyser().analysed(block, Call(key, inputs), plain_class(type(block)))
+        analysed, _ = Analyser(whole_blocks=code.settings.scheme.of_last).analysed(
+            block, Call(key, inputs), plain_class(type(block))
+        )
     except Untraceable as error:
         raise NotConvertibleError(
             f"{path}: a call with {_words(key)} has not been traced yet, and cannot be: {error}", error.code
         ) from error
     if not analysed.units:
         return None
-    return rewrite(analysed.trace, analysed.ops, analysed.units, analysed.names)
+    return rewrite(analysed.trace, analysed.ops, analysed.units, analysed.names, code.inner)
 
 
 def _words(key: Any) -> str:

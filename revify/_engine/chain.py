@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from revify._engine.budget import Budget, check_memory_budget
 from revify._engine.coupling import Coupling
 from revify._engine.evaluation import Evaluation
+from revify._engine.region import mixed
+from revify._engine.schemes import Rule, Scheme, scheme_of
 from revify._engine.state import Settings, State
 from revify._engine.step import Step
 from revify._engine.update import fitting
@@ -29,7 +31,9 @@ class ReversibleChain(nn.Module):
     Args:
         branches: the residual branches f_1, f_2, ... as modules; each maps a tensor to one of the same shape.
             They are registered, not copied. Any number is fine, odd ones too.
-        coupling: the recurrence; ``"revnet"`` is the one there is.
+        coupling: the scheme by which the two streams make the next value: ``"revnet"``, as above, or one of
+            `RevNet`, `Midpoint`, `Momentum`, `Dr2`, `BDIA`, `Recurrence`: ``x1 <- a x1 + b x2 + c f(x2)``, and so on in
+            turn.
         exact: whether training runs on a grid, to which the chain's inputs and what each branch returns are rounded: by
             at most 2^-16 of the largest value that a stream has where a run of updates begins. The reconstruction is
             then exact, bit for bit, as long as the stream grows by less than 2^8, and by less than 2^6 in one update;
@@ -54,14 +58,15 @@ class ReversibleChain(nn.Module):
         self,
         branches: Iterable[nn.Module],
         *,
-        coupling: str = "revnet",
+        coupling: str | Scheme = "revnet",
         exact: bool = True,
         memory_budget: float | None = None,
         slices: int = 1,
     ) -> None:
         super().__init__()
-        check_coupling(coupling)
+        scheme = scheme_of(coupling)
         check_exact(exact)
+        check_grid(scheme, exact)
         check_memory_budget(memory_budget)
         check_slices(slices)
         branches = list(branches)
@@ -73,7 +78,7 @@ class ReversibleChain(nn.Module):
         self.steps: Sequence[Step] = nn.ModuleList(  # type: ignore[assignment]
             Step(f"branch {i}", 1 + i % 2, branch) for i, branch in enumerate(branches)
         )
-        self.settings = Settings(exact, None if memory_budget is None else Budget(memory_budget), slices)
+        self.settings = Settings(scheme, exact, None if memory_budget is None else Budget(memory_budget), slices)
 
     def forward(self, x1: Tensor, x2: Tensor, *context: Any) -> tuple[Tensor, Tensor]:
         """Maps the state (x1, x2) to (y1, y2). ``context`` is handed to every branch after its stream, and gets
@@ -88,14 +93,25 @@ class ReversibleChain(nn.Module):
     def inverse(self, y1: Tensor, y2: Tensor, *context: Any) -> tuple[Tensor, Tensor]:
         """Maps (y1, y2) back to the (x1, x2) that `forward` made it from, up to rounding (in the exact mode, to the
         grid). Changes no buffer.
-        Branches that draw random numbers (dropout in training) have no inverse outside of the backward pass."""
+        Branches that draw random numbers (dropout in training) have no inverse outside of the backward pass, and no
+        more has a scheme whose numbers are drawn, or whose a is 0.
+
+        Raises:
+            RevifyError: the scheme has no inverse here.
+        """
+        scheme = self.settings.scheme
         coupling = Coupling(torch.promote_types(y1.dtype, y2.dtype), exact=False)
         y = {1: coupling.enter(y1)[0], 2: coupling.enter(y2)[0]}
-        for step in reversed(list(self.steps)):
+        for i, step in reversed(list(enumerate(self.steps))):
             r, q = y[step.writes], y[3 - step.writes]
-            f = Evaluation(step.branch)
+            rule = Rule(scheme, i == 0, self.training)
+            if scheme.draw(q, i == 0, self.training) is not None or rule.numbers().a == 0:
+                raise RevifyError(f"{type(scheme).__name__} has no inverse outside of the backward pass.")
+            f = Evaluation(mixed(step.branch, rule))
             a = f.again(f.tensors, coupling.read(q), *context)
-            y[step.writes] = coupling.uncouple(r, fitting(step.name, r, a), None)
+            y[step.writes] = coupling.unscaled(
+                coupling.uncouple(r, fitting(step.name, r, a), None), rule.numbers(), None, None
+            )
         return coupling.read(y[1]), coupling.read(y[2])
 
 
@@ -144,6 +160,8 @@ def check_slices(slices: int) -> None:
         raise RevifyError(f"slices must be a whole number of at least 1, got {slices!r}.")
 
 
-def check_coupling(coupling: str) -> None:
-    if coupling != "revnet":
-        raise RevifyError(f"coupling must be 'revnet', got {coupling!r}.")
+def check_grid(scheme: Scheme, exact: bool) -> None:
+    """Raises where the scheme's numbers are no fractions of a grid's."""
+    if exact:
+        for first in (True, False):
+            _ = scheme.numbers(first, True).bits

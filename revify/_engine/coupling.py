@@ -33,6 +33,9 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
+from revify._engine.lost_bits import packed, unpacked
+from revify._engine.schemes import Numbers
+
 _GROWTH = 2.0**8
 _EXPONENT = {torch.float32: (torch.int32, 0x7F800000), torch.float64: (torch.int64, 0x7FF0000000000000)}
 
@@ -119,6 +122,29 @@ class Coupling:
         """A stream's value as branches and the chain's readers take it."""
         return x.to(self.inside)
 
+    def scaled(self, p: Tensor, numbers: Numbers, grid: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """What an update takes over of ``p = x[n-1]``: ``a p``. On a grid p loses its last bits first, so that the
+        result lies there too: these bits, packed."""
+        if numbers.takes_all:
+            return p, None
+        a = numbers.a
+        if not isinstance(a, Tensor) and a == 0:
+            return p.new_zeros(()).expand(p.shape), None
+        if grid is None or not numbers.bits:
+            return p * a, None
+        last = _last_bits(p.detach(), numbers.bits, grid)
+        return (p - _on_the_grid(last, p, grid)) * a, packed(last, numbers.bits)
+
+    def unscaled(self, past: Tensor, numbers: Numbers, lost: Tensor | None, grid: Tensor | None) -> Tensor:
+        """``p``, of what `scaled` made of it."""
+        if numbers.takes_all:
+            return past
+        p = past / numbers.a
+        if lost is None or grid is None:
+            return p
+        shape = torch.view_as_real(past).shape if past.is_complex() else past.shape
+        return p + _on_the_grid(unpacked(lost, numbers.bits, shape), past, grid)
+
     def couple(self, p: Tensor, a: Tensor, grid: Tensor | None) -> Tensor:
         """``r = p + a``; a goes to the grid, if there is one."""
         return p + self._converted(a, grid)
@@ -154,6 +180,24 @@ class Coupling:
             rounded: Tensor = _OnGrid.apply(converted, grid)
             return rounded
         return on_grid(converted, grid) if converted is a else on_grid_(converted, grid)
+
+
+def _last_bits(p: Tensor, bits: int, grid: Tensor) -> Tensor:
+    """Of the whole numbers that the values are on the grid."""
+    x = torch.view_as_real(p) if p.is_complex() else p
+    whole = torch.int32 if x.dtype == torch.float32 else torch.int64
+    return (x / _unit_of(grid, x.dtype)).to(whole).bitwise_and_((1 << bits) - 1)
+
+
+def _on_the_grid(whole: Tensor, like: Tensor, grid: Tensor) -> Tensor:
+    """Whole numbers as multiples of the grid's unit."""
+    x = whole.to(grid.real.dtype) * _unit_of(grid, grid.real.dtype)
+    return torch.view_as_complex(x) if like.is_complex() else x
+
+
+def _unit_of(grid: Tensor, dtype: torch.dtype) -> Tensor:
+    """g, of the number that `on_grid` adds."""
+    return grid.real / (1.5 * 2.0 ** (23 if dtype == torch.float32 else 52))
 
 
 def _is_free(a: Tensor, like: Tensor) -> bool:

@@ -6,8 +6,10 @@ import importlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
+from revify._engine.schemes import Numbers, Rule
 from revify._paths import at
 
 
@@ -94,7 +96,60 @@ class After:
         return self.function(self.head(x), *context)
 
 
-Function = Bound | After | nn.Module
+class Mixed:
+    """``b x + c function(x, *context)``, the part of an update's new value that is made of x[n].
+
+    ``rule`` gives the numbers; where they are drawn, the context has the draw as its last value.
+    """
+
+    def __init__(self, function: Function, rule: Rule) -> None:
+        self.function, self.rule = function, rule
+        self.sides = sides_of(function)
+
+    @property
+    def region(self) -> Any:
+        """What is known of a function, is known by this."""
+        return getattr(self.function, "region", self.function)
+
+    def operands(self) -> list[Any]:
+        return operands_of(self.function)
+
+    def run(self, operands: Sequence[Any], x: Any, *context: Any) -> Any:
+        numbers = self.rule.numbers_in(context)
+        context = context[: len(context) - self.rule.draws]
+        result = run_on(self.function, operands, (x, *context))
+        if not self.sides:
+            return _mixed(result, x, numbers)
+        y, *sides = result
+        return (_mixed(y, x, numbers), *sides)
+
+    def __call__(self, x: Any, *context: Any) -> Any:
+        return self.run(self.operands(), x, *context)
+
+
+def mixed(function: Function, rule: Rule) -> Function:
+    """``b x + c function(x)`` by a rule; the function itself where that is all."""
+    return function if rule.is_plain else Mixed(function, rule)
+
+
+def _mixed(y: Any, x: Tensor, numbers: Numbers) -> Any:
+    if not isinstance(y, Tensor) or y.ndim > x.ndim:
+        return y  # whoever couples it says what is wrong
+    b, c = numbers.b, numbers.c
+    if not _is(c, 1.0):
+        y = y * c
+    if _is(b, 0.0):
+        return y
+    if isinstance(b, Tensor):
+        return y + b * x
+    return torch.add(y, x, alpha=b)
+
+
+def _is(number: Any, value: float) -> bool:
+    return not isinstance(number, Tensor) and bool(number == value)
+
+
+Function = Bound | After | Mixed | nn.Module
 
 
 def operands_of(function: Function) -> list[Any]:

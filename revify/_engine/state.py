@@ -19,7 +19,8 @@ from revify._engine.budget import Budget, Cost, Planner
 from revify._engine.coupling import Coupling
 from revify._engine.evaluation import Evaluation
 from revify._engine.guard import Extent, Guard
-from revify._engine.region import Function, parameters_of
+from revify._engine.region import Function, mixed, parameters_of, sides_of
+from revify._engine.schemes import REVNET, Numbers, Rule, Scheme
 from revify._engine.slices import slices_for
 from revify._engine.surroundings import autocast_state, casts_not_shared
 from revify._engine.turn import Turn, take_turn
@@ -27,6 +28,7 @@ from revify._engine.update import Enter, Leave, Recompute, Tail
 from revify._errors import RevifyError
 from revify._fake import has_values
 
+_GROWTH = {torch.float32: 2.0**6, torch.float64: 2.0**35}  # of rounding errors, to 2^-18 of a value
 _LOOKS = 8  # updates between two looks at the state's extent
 Through = Callable[..., Tensor]  # calls `take_turn`, itself or by way of a module
 
@@ -35,6 +37,7 @@ class Settings:
     """What the chains of a model have in common.
 
     Attributes:
+        scheme: the recurrence.
         exact: whether the state runs on the grid.
         budget: what the chains may keep of their activations together, or None.
         slices: in how many the batch goes through a branch that allows it.
@@ -43,10 +46,9 @@ class Settings:
     """
 
     guard: Callable[..., Any] = staticmethod(Guard.apply)
-    slices = 1  # where a saved model says nothing of it
 
-    def __init__(self, exact: bool, budget: Budget | None = None, slices: int = 1) -> None:
-        self.exact, self.budget, self.slices = exact, budget, slices
+    def __init__(self, scheme: Scheme, exact: bool, budget: Budget | None = None, slices: int = 1) -> None:
+        self.scheme, self.exact, self.budget, self.slices = scheme, exact, budget, slices
         self.stores_activations = False
         self.handed: dict[str, Any] = {}  # the last state that a block has handed on, by the block's path
         self.log: list[tuple[Run, str]] | None = None  # of the updates, where somebody asks
@@ -71,20 +73,36 @@ class Run:
     Attributes:
         name: of the chain.
         coupling: the arithmetic.
+        scheme: the recurrence, as it was at the start.
+        training: whether the chain's first block is in training.
         updates: how many there will be, where that is known.
         axis: of the channels where the streams are concatenated at the end; None: their mean is taken.
     """
 
     def __init__(
-        self, settings: Settings, name: str, coupling: Coupling, updates: int | None = None, axis: int | None = None
+        self,
+        settings: Settings,
+        name: str,
+        coupling: Coupling,
+        training: bool,
+        updates: int | None = None,
+        axis: int | None = None,
     ) -> None:
         self.settings, self.name, self.coupling = settings, name, coupling
+        self.scheme, self.training = settings.scheme, training
         self.updates, self.axis = updates, axis
         self.anchor: Tensor | None = None
         self.keep: Sequence[Collection[int]] | None = None  # for each update that is inverted; None: for all nothing
         self.costs: list[Cost] | None = None  # of the updates so far, where they are measured
         self.learn: Callable[[list[Cost]], None] | None = None
         self.random: Any = None  # the compiler's
+        self._rules: dict[tuple[bool, bool, bool], Rule] = {}
+
+    def rule(self, first: bool, block: bool, draws: bool) -> Rule:
+        kind = first, block, draws
+        if kind not in self._rules:
+            self._rules[kind] = Rule(self.scheme, first, self.training, block, draws)
+        return self._rules[kind]
 
     def plan(self, x: dict[int, Tensor]) -> None:
         """Chooses what to keep, or sees to it that the costs are measured."""
@@ -117,6 +135,9 @@ class State:
         self.writes = 1  # the stream that the next identity unit updates
         self.waiting: tuple[str, Function] | None = None  # a projection that stream 2 is still to go through
         self.index = 0  # updates so far
+        self.first = True  # whether the next update is the first of a run
+        self.kept_one = False  # whether the last update kept the value that it replaced, and the next one is to
+        self.growth = 1.0  # of rounding errors in the backward pass, since a value was kept
         self.guarded = False
         self.extent: Extent | None = None  # of the run of updates since the guard, in the exact mode
         self.tail: Tail | None = None  # of the last update
@@ -137,15 +158,11 @@ class State:
             raise RevifyError(f"{name}: nested tensors have no streams: pad them, or use revify.store_activations.")
         gradients = torch.is_grad_enabled() and not torch.compiler.is_exporting()
         exact = settings.exact and (training or gradients) and not _transformed()
+        exact = exact and settings.scheme.inverts(training)
         coupling = Coupling(torch.promote_types(x1.dtype, x2.dtype), exact)
-        run = Run(settings, name, coupling, updates, axis)
+        run = Run(settings, name, coupling, training, updates, axis)
         state = cls(run, x1, x2)
-        state.x[1], state.grid[1] = coupling.enter(x1, x2)
-        if x1 is x2:
-            x = state.x[1]
-            state.x[2], state.grid[2] = x.expand_as(x), state.grid[1]  # two tensors, whose gradients add up here
-        else:
-            state.x[2], state.grid[2] = coupling.enter(x2, x1)
+        state._enter(x1, x2)
         if torch.is_grad_enabled():
             run.anchor = next((x for x in (x1, x2) if x.requires_grad), None)
             if torch.compiler.is_compiling():
@@ -155,21 +172,55 @@ class State:
                 run.plan(state.x)
         return state
 
+    def _enter(self, x1: Tensor, x2: Tensor) -> None:
+        coupling = self.run.coupling
+        self.x[1], self.grid[1] = coupling.enter(x1, x2)
+        if x1 is x2:
+            x = self.x[1]
+            self.x[2], self.grid[2] = x.expand_as(x), self.grid[1]  # two tensors, whose gradients add up here
+        else:
+            self.x[2], self.grid[2] = coupling.enter(x2, x1)
+
     def copy(self) -> State:
         """The same values, to go on from; the shadows go with the one that takes them."""
         state = State(self.run, self.x[1], self.x[2])
         state.grid = dict(self.grid)
         state.writes, state.waiting, state.index, state.extent = self.writes, self.waiting, self.index, self.extent
+        state.first, state.growth, state.kept_one = self.first, self.growth, self.kept_one
         return state
 
-    def identity(self, name: str, f: Function, context: Sequence[Any] = (), through: Through | None = None) -> Any:
-        """``x <- x + f(the other stream)``, for the stream whose turn it is. Returns what f returned besides."""
-        writes, skip = self.writes, None
+    def identity(
+        self,
+        name: str,
+        f: Function,
+        context: Sequence[Any] = (),
+        through: Through | None = None,
+        block: bool = False,
+    ) -> Any:
+        """``x <- a x + b y + c f(y)``, y being the other stream, for the one whose turn it is. Returns what f returned
+        besides. ``block``: f is a whole block h, and ``h(y) - y`` stands for f."""
+        run, writes, skip = self.run, self.writes, None
         if self.waiting is not None:
             writes, skip = 2, self.waiting[1]
             self.waiting = None
-        sides = self._update(name, writes, skip, f, context, through)
-        self.writes = 3 - writes
+        draw = run.scheme.draw(self.x[writes], self.first, run.training)
+        rule = run.rule(self.first, block, draw is not None)
+        sides = self._update(name, writes, skip, f, context if draw is None else (*context, draw), through, rule)
+        self.writes, self.first = 3 - writes, False
+        return sides
+
+    def restart(self, name: str, f: Function, context: Sequence[Any] = ()) -> Any:
+        """Goes on from ``f(x)`` of the chain's value, of whatever shape, in a run of its own. Returns what f returned
+        besides. For schemes whose value is the last."""
+        run = self.run
+        self._release()
+        x = self.merged()
+        result = recomputed(f, x, run.settings, *context)
+        y, sides = (result[0], result[1:]) if sides_of(f) else (result, ())
+        self._enter(y, y)
+        self.first, self.guarded, self.tail = True, False, None
+        if run.settings.log is not None:
+            run.settings.log.append((run, name))
         return sides
 
     def transition(self, name: str, f: Function, skip: Function, skip2: Function, context: Sequence[Any] = ()) -> Any:
@@ -192,7 +243,7 @@ class State:
                 if grid is not None:
                     self.extent.note(self.x[i], grid)
 
-    def leave(self) -> None:
+    def _release(self) -> None:
         """Ends the reversible pass: the state as it is now is kept."""
         if self.shadow:
             self._note_extent()
@@ -201,6 +252,10 @@ class State:
             else:
                 self.x[1], self.x[2] = Leave.apply(self.x[1], self.x[2], self.shadow[1], self.shadow[2])
             self.shadow = {}
+
+    def leave(self) -> None:
+        """Ends the chain, as far as can be seen, with the state as it is now."""
+        self._release()
         run = self.run
         if run.costs is not None and run.learn is not None and len(run.costs) == self.index:
             run.learn(run.costs)
@@ -208,6 +263,8 @@ class State:
 
     def merged(self) -> Tensor:
         """The value that other code reads. The state stays as it is, and so does what follows."""
+        if self.run.scheme.of_last:
+            return self.run.coupling.read(self.x[3 - self.writes])
         y1, y2 = self.run.coupling.read(self.x[1]), self.run.coupling.read(self.x[2])
         if self.waiting is not None:
             y2 = recomputed(self.waiting[1], y2, self.run.settings)
@@ -221,17 +278,19 @@ class State:
         f: Function | None,
         context: Sequence[Any],
         through: Through | None,
+        rule: Rule = REVNET,
     ) -> Any:
         where = f"{self.run.name}, at {name}"
         if not torch.is_grad_enabled():
             self.shadow = {}
             self.x = {i: x.detach() for i, x in self.x.items()}
-            turn = Turn(where, self.run.coupling, self.x[writes], None if skip else self.grid[writes])
+            grid = None if skip else self.grid[writes]
+            turn = Turn(where, self.run.coupling, self.x[writes], grid, rule, rule.numbers_in(context))
             sides = self._take(turn, writes, skip, f, context, through)
         elif torch.compiler.is_compiling():
-            sides = compiled.update(self, where, writes, skip, f, context)
+            sides = compiled.update(self, where, writes, skip, f, context, rule)
         else:
-            sides = self._update_eagerly(where, writes, skip, f, context, through)
+            sides = self._update_eagerly(where, writes, skip, f, context, through, rule)
         self.index += 1
         if self.run.settings.log is not None:
             self.run.settings.log.append((self.run, name))
@@ -256,6 +315,18 @@ class State:
             self.x[writes], self.grid[writes] = self.run.coupling.enter(self.x[writes])
         return turn.sides
 
+    def keeps(self, numbers: Numbers) -> bool:
+        """Whether the next update is to keep the value that it replaces, since reconstructing it would let rounding
+        errors grow too far: without a grid, by 1/|a| an update. Of two updates in turn both streams are kept."""
+        size = numbers.magnitude
+        if size >= 1 or (self.run.coupling.exact and size > 0):
+            return False
+        if size > 0 and not self.kept_one and self.growth / size <= _GROWTH[_real(self.run.coupling.state)]:
+            self.growth /= size
+            return False
+        self.kept_one, self.growth = not self.kept_one, 1.0
+        return True
+
     @torch.compiler.disable(
         reason="`compiled` has the compiler's way; where that is refused, the eager one is left alone"
     )
@@ -267,6 +338,7 @@ class State:
         f: Function | None,
         context: Sequence[Any],
         through: Through | None,
+        rule: Rule,
     ) -> Any:
         run, p, q = self.run, writes, 3 - writes
         inverts = run.inverts(self.index) and not _is_lazy(skip, f)
@@ -278,7 +350,7 @@ class State:
                 self.shadow = dict(zip((1, 2), Enter.apply(anchor, self.x[1], self.x[2]), strict=True))
                 self.guarded = False
         if self.shadow and not inverts:
-            self.leave()
+            self._release()
         if self.shadow and not self.guarded:
             self.extent = Extent() if run.coupling.exact else None
             shadows = run.settings.guard(name, self.extent, self.x[1], self.x[2], *self.shadow.values())
@@ -291,8 +363,12 @@ class State:
         grid = None if skip is not None else self.grid[p]
         slices = None
         if run.settings.slices > 1 and f is not None and not _must_be_plain():
-            slices = slices_for(run.settings.slices, f, run.coupling.read(self.x[q].detach()), context)
-        turn = Turn(name, run.coupling, self.x[p], grid, shadows, keep, run.costs is not None, slices)
+            read = run.coupling.read(self.x[q].detach())
+            slices = slices_for(run.settings.slices, mixed(f, rule), read, context)
+        numbers = rule.numbers_in(context)
+        keeps = skip is None and shadows is not None and self.keeps(numbers)
+        measures = run.costs is not None
+        turn = Turn(name, run.coupling, self.x[p], grid, rule, numbers, shadows, keep, keeps, measures, slices)
         with casts_not_shared():
             self._take(turn, writes, skip, f, context, through)
         if self.tail is not None:
@@ -301,13 +377,17 @@ class State:
         if turn.shadows is not None:
             self.tail.state = self.x[q].detach(), self.x[p].detach()
             self.shadow[p], self.shadow[q] = turn.shadows
-        if skip is not None and writes == 2:
+        if (skip is not None and writes == 2) or (keeps and not self.kept_one and numbers.magnitude > 0):
             self.guarded = False  # another run of updates that are inverted begins
         elif self.index % _LOOKS == 0:
             self._note_extent()
         if run.costs is not None:
             run.costs.append(turn.cost)
         return turn.sides
+
+
+def _real(dtype: torch.dtype) -> torch.dtype:
+    return dtype.to_real() if dtype.is_complex else dtype
 
 
 def _check_not_captured(name: str, x: Tensor) -> None:
@@ -347,19 +427,21 @@ def _must_be_plain() -> bool:
     return torch.compiler.is_exporting() or _transformed()
 
 
-def recomputed(function: Function, x: Tensor, settings: Settings, *more: Tensor) -> Any:
-    """``function(x, *more)``, of which the inputs alone are kept for the backward pass."""
+def recomputed(function: Function, x: Tensor, settings: Settings, *context: Any) -> Any:
+    """``function(x, *context)``, of which the inputs alone are kept for the backward pass."""
     if not torch.is_grad_enabled() or settings.stores or _must_be_plain() or _is_lazy(function):
-        return function(x, *more)
+        return function(x, *context)
     if torch.compiler.is_compiling():
-        return compiled.recompute(function, x, *more)
-    return _recomputed(function, (x, *more))
+        return compiled.recompute(function, x, *context)
+    return _recomputed(function, x, context)
 
 
 @torch.compiler.disable(reason="as for an update")
-def _recomputed(function: Function, inputs: tuple[Tensor, ...]) -> Any:
+def _recomputed(function: Function, x: Tensor, context: Sequence[Any]) -> Any:
     f = Evaluation(function)
-    return Recompute.apply(f, len(inputs), *inputs, *f.tensors)
+    given = [v for v in context if isinstance(v, Tensor)]
+    y, *sides = Recompute.apply(f, context, x, *given, *f.tensors)
+    return (y, *f.joined(sides)) if sides_of(function) else y
 
 
 def _anchor(x: dict[int, Tensor], context: Sequence[Any], skip: Function | None, f: Function | None) -> Tensor | None:

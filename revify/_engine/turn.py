@@ -13,7 +13,8 @@ from revify._engine.budget import Cost, Output
 from revify._engine.costs import measure
 from revify._engine.coupling import Coupling
 from revify._engine.evaluation import Evaluation
-from revify._engine.region import Function, sides_of
+from revify._engine.region import Function, mixed, sides_of
+from revify._engine.schemes import Numbers, Rule
 from revify._engine.slices import Slices, evaluated
 from revify._engine.surroundings import random_state_kept
 from revify._engine.update import Tail, Update, check_not_overwritten, fitting, version_of
@@ -29,8 +30,10 @@ class Turn:
         coupling: the arithmetic.
         p: the value of the stream that is replaced.
         grid: that stream's, in the exact mode; None where a skip makes a new value, which has none yet.
+        rule: of the update, and its ``numbers``.
         shadows: of the replaced and of the other stream, before the update, then after it; None: no reversible pass.
         keep: the operations of the branch whose outputs to keep, by number.
+        keeps: whether p is kept for the backward pass, which then need not reconstruct it.
         measures: whether to find out the update's cost as well, which becomes ``cost``.
         slices: those in which the branch goes through the batch, or None.
         tail: filled afterwards with the state, until another update takes it.
@@ -45,31 +48,37 @@ class Turn:
         name: str,
         coupling: Coupling,
         p: Tensor,
-        grid: Tensor | None = None,
+        grid: Tensor | None,
+        rule: Rule,
+        numbers: Numbers,
         shadows: tuple[Tensor, Tensor] | None = None,
         keep: Collection[int] = (),
+        keeps: bool = False,
         measures: bool = False,
         slices: Slices | None = None,
     ) -> None:
         self.name, self.coupling, self.p, self.grid, self.shadows = name, coupling, p, grid, shadows
-        self.keep, self.measures, self.slices, self.tail = keep, measures, slices, Tail()
+        self.rule, self.numbers, self.keep, self.keeps = rule, numbers, keep, keeps
+        self.measures, self.slices, self.tail = measures, slices, Tail()
 
 
 def take_turn(
     turn: Turn, skip: Function | None, f: Function | None, p_in: Tensor | None, q_in: Tensor, context: Sequence[Any]
 ) -> Tensor:
-    """The new value of the stream: ``skip(p) + f(q)``. Without ``skip`` the update adds to p as it is and can be
-    inverted; without ``f`` it applies ``skip`` alone. ``p_in`` and ``q_in`` are the streams' values as skip and f read
+    """The new value of the stream: ``a p + b q + c f(q)``, which can be inverted, or ``skip(p) + f(q)``; without ``f``
+    it is ``skip(p)``. ``p_in`` and ``q_in`` are the streams' values as skip and f read
     them (``p_in`` is None without a skip), ``context`` what f takes besides."""
+    f = None if f is None else mixed(f, turn.rule)
     if turn.measures:
         with torch.no_grad(), random_state_kept(q_in):
             turn.cost = _cost(turn, skip, f, p_in, q_in, context)
     if turn.shadows is not None:
         return _recorded(turn, skip, f, p_in, q_in, context)
-    r = turn.p
     if skip is not None:
         assert p_in is not None
-        r = skip(_head(p_in)).to(turn.coupling.state)
+        r: Tensor = skip(_head(p_in)).to(turn.coupling.state)
+    else:
+        r, _ = turn.coupling.scaled(turn.p, turn.numbers, turn.grid)
     if f is None:
         return r
     x = _head(q_in)
@@ -99,6 +108,9 @@ def _recorded(
         parts,
         turn.slices,
         turn.keep,
+        turn.rule,
+        turn.numbers,
+        turn.keeps,
         turn.tail,
         context,
         *streams,
@@ -125,6 +137,10 @@ def _cost(
         _, f_work, f_stored, outputs = measure(f, q_in, *(x if isinstance(x, Tensor) else snapshot(x) for x in context))
         work, stored = work + f_work, stored + f_stored
     size = torch.empty((), dtype=turn.coupling.state).element_size()
+    if turn.keeps:
+        flat = turn.p.nbytes
+    elif skip is None and turn.grid is not None:
+        flat = turn.numbers.bits * turn.p.numel() // 8
     return Cost(work, stored, flat, (r.numel() + q_in.numel()) * size, outputs)
 
 

@@ -1,15 +1,16 @@
 """The autograd functions of a reversible chain: what is kept for the backward pass, and how the rest comes back.
 
-One update replaces ``p`` by ``r = skip(p) + f(q)`` and leaves ``q``. In the backward pass it needs the state
-before it, and keeps nothing of it:
+One update replaces ``p`` by ``r = a p + b q + c f(q)``, or by ``skip(p) + f(q)``, and leaves ``q``. In the backward
+pass it needs the state before it, and keeps nothing of it:
 
 1. Besides p and q every update takes and returns two *shadows*, tensors of the streams' shapes without memory
    of their own. No value is ever read from them, but autograd hands their "gradients" through the chain in
    reverse order, and these gradients are the state: an update's backward is given the state after it and
    returns the state before it.
 2. `Leave`, the last link, keeps the final state and returns it as its shadows' gradients.
-3. An update without a skip module inverts itself: it evaluates ``a = f(q)`` again, once, which serves both the
-   inversion ``p = r - a`` and the vector-Jacobian product.
+3. An update without a skip module inverts itself: it evaluates ``h = b q + c f(q)`` again, once, which serves both
+   the inversion ``p = (r - h) / a`` and the vector-Jacobian product. Where a is a fraction, it keeps the bits of p that
+   were lost on the grid; without a grid some keep p itself.
 4. An update with a skip module (a transition) cannot be inverted: it keeps p, and returns what it kept. Its q
    comes from the shadows like everybody's; r, which it has no use for, is not handed to it, so that nobody holds it.
 5. Where memory allows it, an update keeps the outputs of some of its branch's operations (`kept_outputs`), which the
@@ -19,7 +20,7 @@ before it, and keeps nothing of it:
 So a chain keeps two tensors at its end and one for each stream at each transition, at any depth. No Python
 object is shared between updates, and the parameters' gradients leave each update as soon as they are known.
 
-With r the cotangents are  ``dp = dr  (or J_skip(p)^T dr)``,  ``dq += J_f(q)^T dr``,  ``dw = J_f(w)^T dr``.
+With r the cotangents are  ``dp = a dr  (or J_skip(p)^T dr)``,  ``dq += J_h(q)^T dr``,  ``dw = J_h(w)^T dr``.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ from torch import Tensor
 from revify._engine.coupling import Coupling, is_alone
 from revify._engine.evaluation import Evaluation
 from revify._engine.replay import replay, without_tensors
+from revify._engine.schemes import Numbers, Rule
 from revify._engine.slices import Slices, coupled, pulled
 from revify._errors import ReconstructionError, RevifyError, UnitError
 from revify._refusals import reason
@@ -77,12 +79,13 @@ class Tail:
 
 
 class Update(torch.autograd.Function):
-    """``Update.apply(name, coupling, grid, skip, parts, slices, keep, tail, context, p, p_in, q_in, p_shadow, q_shadow,
-    *tensors)`` returns ``r, q_shadow, r_shadow, *sides``.
+    """``Update.apply(name, coupling, grid, skip, parts, slices, keep, rule, numbers, keeps, tail, context, p, p_in,
+    q_in, p_shadow, q_shadow, *tensors)`` returns ``r, q_shadow, r_shadow, *sides``.
 
     ``grid`` is that of p, or None; ``skip`` the evaluation to make of ``p_in`` (both None: the identity); ``parts``
     those of f to make of ``q_in``: one, one for each of the ``slices``, or none. ``p_in`` and ``q_in`` are the streams'
-    values as they are read, ``keep`` the operations of f whose outputs to keep, by number; ``tensors`` are the context
+    values as they are read, ``keep`` the operations of f whose outputs to keep, by number; ``rule`` gives the
+    ``numbers``, and ``keeps`` says whether p is kept all the same; ``tensors`` are the context
     inputs of f that are tensors, then the tensors of skip, then those of f. ``sides`` are the tensors among the values
     that f returns besides a; those that are none are left in ``parts[0].sides``, a list with None in the places of
     tensors.
@@ -98,6 +101,9 @@ class Update(torch.autograd.Function):
         parts: Sequence[Evaluation],
         slices: Slices | None,
         keep: Collection[int],
+        rule: Rule,
+        numbers: Numbers,
+        keeps: bool,
         tail: Tail,
         context: Sequence[Any],
         p: Tensor,
@@ -112,7 +118,11 @@ class Update(torch.autograd.Function):
         ctx.name, ctx.coupling, ctx.grid = name, coupling, grid
         ctx.skip, ctx.parts, ctx.slices, ctx.context = skip, parts, slices, without_tensors(context)
         ctx.strides, ctx.p_dtype, ctx.q_dtype = p.stride(), p_in.dtype if p_in is not None else None, q_in.dtype
-        r = skip.first(p_in).to(coupling.state) if skip else p
+        ctx.rule, ctx.keeps = rule, keeps or skip is not None
+        if skip is not None:
+            r, lost = skip.first(p_in).to(coupling.state), None
+        else:
+            r, lost = coupling.scaled(p, numbers, grid)
         sides: list[Tensor] = []
         version = version_of(q_in)
         if slices is not None:
@@ -128,31 +138,35 @@ class Update(torch.autograd.Function):
         check_not_overwritten(name, q_in, version)
         outputs = [part.tape.take_outputs() for part in parts]
         ctx.n_outputs = [len(some) for some in outputs]
-        ctx.save_for_backward(p if skip else None, *itertools.chain(*outputs), *tensors)
+        kept = (p, None) if ctx.keeps else (None, lost)
+        ctx.save_for_backward(*kept, *itertools.chain(*outputs), *tensors)
         r_shadow = shadow_of(r)
-        if skip:
+        if ctx.keeps:
             ctx.mark_non_differentiable(r_shadow)
         return r, q_shadow.expand_as(q_shadow), r_shadow, *(_of_its_own(y, (q_in, *tensors)) for y in sides)
 
     @staticmethod
     def backward(ctx: Any, dr: Tensor | None, q: Tensor | None, r: Tensor | None, *d_sides: Any) -> tuple[Any, ...]:
-        (kept_p,), *outputs, tensors = _split(ctx.saved_tensors, 1, *ctx.n_outputs)
+        (kept_p, lost), *outputs, tensors = _split(ctx.saved_tensors, 2, *ctx.n_outputs)
         coupling, skip, parts, slices = ctx.coupling, ctx.skip, ctx.parts, ctx.slices
         if any(e is not None and e.random for e in (skip, *parts)) and any(_is_batched(x) for x in (dr, *d_sides)):
             raise RevifyError(_BATCHED.format(name=ctx.name))
-        if q is None or (r is None and skip is None):
+        if q is None or (r is None and not ctx.keeps):
             if ctx.tail.state is None:
                 raise ReconstructionError(_OPEN.format(name=ctx.name))
             q, r = ctx.tail.state
         else:
             ctx.tail.state = None
-        needs_p_in, needs_q = ctx.needs_input_grad[10:12]
-        needs = ctx.needs_input_grad[14:]
+        needs_p_in, needs_q = ctx.needs_input_grad[13:15]
+        needs = ctx.needs_input_grad[17:]
         n_context = sum(x is None for x in ctx.context)
         n_skip = len(skip.tensors) if skip else 0
         of_context, of_skip, of_f = _split(tensors, n_context, n_skip)
         need_context, need_skip, need_f = _split(needs, n_context, n_skip)
 
+        p = (
+            None if kept_p is None else kept_p if torch.is_grad_enabled() else kept_p.detach()
+        )  # not the one that is kept
         dp, dp_in, dq = dr, None, None
         d_context: Sequence[Tensor | None] = [None] * n_context
         d_skip: Sequence[Tensor | None] = [None] * n_skip
@@ -161,46 +175,63 @@ class Update(torch.autograd.Function):
             p_in = coupling.read(kept_p).to(ctx.p_dtype)
             vjp = replay(skip, [p_in], [needs_p_in], of_skip, need_skip)[1]
             (dp_in,), d_skip = vjp(dr)
-            p, dp = kept_p if torch.is_grad_enabled() else kept_p.detach(), None  # not the tensor that is kept
+            dp = None
+        else:
+            numbers = ctx.rule.numbers_in(tensors[:n_context])
+            dp = scaled_gradient(dr, numbers)
         q_in = coupling.read(q).to(ctx.q_dtype)
         if slices is not None and dr is not None:
             in_place = r is not None and not torch.is_grad_enabled() and is_alone(r)
             take = coupling.uncouple_in_place if in_place else coupling.uncouple
-            uncouple = None if skip else lambda r, a: take(r, fitting(ctx.name, r, a), ctx.grid)
+            uncouple = None if ctx.keeps else lambda r, a: take(r, fitting(ctx.name, r, a), ctx.grid)
             of = (q_in, needs_q), (of_context, need_context), (of_f, need_f)
             ps, dq, d_context, d_f = pulled(slices, parts, uncouple, *of, ctx.context, outputs, r, dr)
-            if skip is None:
-                p = _with_strides(r if in_place and r is not None else slices.joined(ps), ctx.strides)
+            if not ctx.keeps:
+                p = r if in_place and r is not None else slices.joined(ps)
         elif parts:
             take_part = [q_in, *of_context], [needs_q, *need_context], of_f, need_f
             a, vjp = replay(parts[0], *take_part, context=ctx.context, outputs=outputs[0])
-            if skip is None:
+            if not ctx.keeps:
                 assert r is not None
                 a = fitting(ctx.name, r, a)
                 uncouple_whole = coupling.uncouple if torch.is_grad_enabled() else coupling.uncouple_into
-                p = _with_strides(uncouple_whole(r, a, ctx.grid), ctx.strides)
+                p = uncouple_whole(r, a, ctx.grid)
             del a  # what a branch returns is the largest of what it makes, as a rule, and seldom kept in its graph
             (dq, *d_context), d_f = vjp(dr, d_sides)
-        return (*[None] * 9, dp, dp_in, dq, p, q, *d_context, *d_skip, *d_f)
+        if not ctx.keeps:
+            assert p is not None
+            p = _with_strides(coupling.unscaled(p, numbers, lost, ctx.grid), ctx.strides)
+        return (*[None] * 12, dp, dp_in, dq, p, q, *d_context, *d_skip, *d_f)
 
 
 class Recompute(torch.autograd.Function):
-    """``Recompute.apply(f, x, *tensors)``: ``f(x)`` that keeps its input alone (activation checkpointing)."""
+    """``Recompute.apply(f, context, x, *tensors)``: ``f(x, *context)`` that keeps its inputs alone (activation
+    checkpointing), as a tuple with the tensors that f returns besides. ``tensors`` are those of the context, then those
+    of f."""
 
     @staticmethod
-    def forward(ctx: Any, f: Evaluation, n_inputs: int, *tensors: Tensor) -> Tensor:
-        ctx.f, ctx.n_inputs = f, n_inputs
-        ctx.save_for_backward(*tensors)
-        output: Tensor = f.first(*tensors[:n_inputs])
-        return output
+    def forward(ctx: Any, f: Evaluation, context: Sequence[Any], x: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.set_materialize_grads(False)
+        ctx.f, ctx.context = f, without_tensors(context)
+        ctx.save_for_backward(x, *tensors)
+        y, sides = f.split(f.first(x, *context))
+        return tuple(_of_its_own(v, (x, *tensors)) for v in (y, *sides))
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
-        inputs, tensors = _split(ctx.saved_tensors, ctx.n_inputs)
-        need_inputs, need_tensors = _split(ctx.needs_input_grad[2:], ctx.n_inputs)
-        vjp = replay(ctx.f, inputs, need_inputs, tensors, need_tensors)[1]
-        d_inputs, d_tensors = vjp(dy)
+    def backward(ctx: Any, dy: Tensor | None, *d_sides: Tensor | None) -> tuple[Any, ...]:
+        n_inputs = 1 + sum(v is None for v in ctx.context)
+        inputs, tensors = _split(ctx.saved_tensors, n_inputs)
+        need_inputs, need_tensors = _split(ctx.needs_input_grad[2:], n_inputs)
+        vjp = replay(ctx.f, inputs, need_inputs, tensors, need_tensors, context=ctx.context)[1]
+        d_inputs, d_tensors = vjp(dy, d_sides)
         return (None, None, *d_inputs, *d_tensors)
+
+
+def scaled_gradient(dr: Tensor | None, numbers: Numbers) -> Tensor | None:
+    """The gradient by p of ``a p``."""
+    if dr is None or numbers.takes_all:
+        return dr
+    return dr * numbers.a if isinstance(numbers.a, Tensor) or numbers.a != 0 else None
 
 
 def _with_strides(x: Tensor, strides: tuple[int, ...]) -> Tensor:

@@ -30,16 +30,17 @@ from revify._engine.compiled.evaluation import CompiledEvaluation
 from revify._engine.compiled.operators import after, check, samples
 from revify._engine.compiled.random import Random, Repeatable
 from revify._engine.coupling import Coupling
-from revify._engine.region import Function, parameters_of
+from revify._engine.region import Function, mixed, parameters_of, sides_of
+from revify._engine.schemes import Rule
 from revify._engine.turn import Turn, take_turn
-from revify._engine.update import Enter, fitting, shadow_of
+from revify._engine.update import Enter, fitting, scaled_gradient, shadow_of
 
 if TYPE_CHECKING:
     from revify._engine.state import State
 
 
 def update(
-    state: State, where: str, writes: int, skip: Function | None, f: Function | None, context: Sequence[Any]
+    state: State, where: str, writes: int, skip: Function | None, f: Function | None, context: Sequence[Any], rule: Rule
 ) -> Sequence[Any]:
     """`State._update`, in training."""
     run, x, shadow, p, q = state.run, state.x, state.shadow, writes, 3 - writes
@@ -53,7 +54,7 @@ def update(
         shadow.clear()
     if not run.inverts(state.index) or run.anchor is None:
         coupling = run.coupling
-        turn = Turn(where, coupling, x[p], None if skip is not None else state.grid[p])
+        turn = Turn(where, coupling, x[p], None if skip is not None else state.grid[p], rule, rule.numbers_in(context))
         p_in = None if skip is None else coupling.read(x[p])
         with Repeatable(run.random, None):  # the same masks, so that the two ways can be compared
             x[p] = take_turn(turn, skip, f, p_in, coupling.read(x[q]), context)
@@ -68,8 +69,13 @@ def update(
     if skip is not None:
         of_skip = CompiledEvaluation(where, skip, run.random, run.coupling.read(x[p]), ())
     if f is not None:
-        of_f = CompiledEvaluation(where, f, run.random, run.coupling.read(x[q]), context)
+        of_f = CompiledEvaluation(where, mixed(f, rule), run.random, run.coupling.read(x[q]), context)
         sides = of_f.sides
+    numbers = rule.numbers_in(context)
+    keeps = skip is None and state.keeps(numbers)
+    past = lost = None
+    if skip is None and not numbers.takes_all:
+        past, lost = run.coupling.scaled(x[p].detach(), numbers, state.grid[p])
     kept = [*(of_skip.tensors if of_skip is not None else ()), *(of_f.tensors if of_f is not None else ())]
     grid = None if skip is not None else state.grid[p]
     if grid is not None:
@@ -77,13 +83,14 @@ def update(
     guarded = not state.guarded
     if guarded:
         kept.append(samples(x[1].detach(), x[2].detach()))
-    made = _Update(where, run.coupling, p, of_skip, of_f, grid is not None, guarded)
-    outputs = [None if e is None else e.output for e in (of_skip, of_f)]
+    made = _Update(where, run.coupling, p, of_skip, of_f, rule, keeps, grid is not None, guarded)
+    base = past if of_skip is None else of_skip.output
+    outputs = [base, None if of_f is None else of_f.output, lost]
     arguments = _distinct([x[p], x[q], shadow[p], shadow[q], *outputs, *kept])
     x[p], shadow[q], shadow[p] = _UpdateFunction.apply(made, *arguments)
     if skip is not None:
         x[p], state.grid[p] = run.coupling.enter(x[p])
-    state.guarded = not (skip is not None and writes == 2)
+    state.guarded = not ((skip is not None and writes == 2) or (keeps and not state.kept_one and numbers.magnitude > 0))
     return sides
 
 
@@ -93,12 +100,11 @@ def leave(x: dict[int, Tensor], shadow: dict[int, Tensor]) -> tuple[Tensor, Tens
     return left
 
 
-def recompute(function: Function, *inputs: Tensor) -> Tensor:
-    """``function(*inputs)``, of which the inputs alone are kept."""
-    random = Random(inputs[0].device)
-    f = CompiledEvaluation("the stem", function, random, inputs[0], inputs[1:])
-    output: Tensor = _Recompute.apply(f, *_distinct([f.output, inputs[0], *f.tensors]))
-    return output
+def recompute(function: Function, x: Tensor, *context: Any) -> Any:
+    """``function(x, *context)``, of which the inputs alone are kept."""
+    f = CompiledEvaluation("what is evaluated again", function, Random(x.device), x, context)
+    output: Tensor = _Recompute.apply(f, *_distinct([f.output, x, *f.tensors]))
+    return (output, *f.sides) if sides_of(function) else output
 
 
 class _Leave(torch.autograd.Function):
@@ -124,18 +130,22 @@ class _Update:
         writes: int,
         skip: CompiledEvaluation | None,
         f: CompiledEvaluation | None,
+        rule: Rule,
+        keeps: bool,
         on_grid: bool,
         guarded: bool,
     ) -> None:
         self.name, self.coupling, self.writes = name, coupling, writes
-        self.skip, self.f, self.on_grid, self.guarded = skip, f, on_grid, guarded
+        self.skip, self.f, self.rule, self.on_grid, self.guarded = skip, f, rule, on_grid, guarded
+        self.keeps = keeps or skip is not None
         self.n_skip = 0 if skip is None else len(skip.tensors)
 
 
 class _UpdateFunction(torch.autograd.Function):
-    """``apply(update, p, q, p_shadow, q_shadow, skip(p), f(q), *tensors) -> r, q_shadow, r_shadow``.
+    """``apply(update, p, q, p_shadow, q_shadow, past, f(q), lost, *tensors) -> r, q_shadow, r_shadow``.
 
-    ``tensors`` are those of skip and of f, the grid where there is one, and samples where the guard stands."""
+    ``past`` is skip(p), or a p, or None where that is p; ``lost`` what `scaled` gave besides. ``tensors`` are those of
+    skip and of f, the grid where there is one, and samples where the guard stands."""
 
     @staticmethod
     def forward(
@@ -145,14 +155,17 @@ class _UpdateFunction(torch.autograd.Function):
         q: Tensor,
         p_shadow: Tensor,
         q_shadow: Tensor,
-        s: Tensor | None,
+        past: Tensor | None,
         a: Tensor | None,
+        lost: Tensor | None,
         *tensors: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:
         coupling = update.coupling
         ctx.update = update
-        ctx.save_for_backward(*([] if s is None else [p]), *tensors)
-        r = p if s is None else s.to(coupling.state)
+        ctx.has_lost = lost is not None
+        kept = [p] if update.keeps else [] if lost is None else [lost]
+        ctx.save_for_backward(*kept, *tensors)
+        r = p if past is None else past.to(coupling.state)
         if a is not None:
             r = coupling.couple(r, fitting(update.name, r, a), _grid_in(update, tensors))
         r = r + after(r, r)
@@ -163,34 +176,37 @@ class _UpdateFunction(torch.autograd.Function):
         update = ctx.update
         coupling, skip, f = update.coupling, update.skip, update.f
         tensors = list(ctx.saved_tensors)
-        p = tensors.pop(0) + after(dr, dr) if skip is not None else r
+        p = tensors.pop(0) + after(dr, dr) if update.keeps else r
+        lost = tensors.pop(0) if ctx.has_lost and not update.keeps else None
         expected = tensors.pop() if update.guarded else None
         grid = tensors.pop() if update.on_grid else None
         of_skip, of_f = tensors[: update.n_skip], tensors[update.n_skip :]
 
-        dp: Tensor | None = dr
+        dp: Tensor | None = None
         dq: Tensor | None = None
         d_skip: list[Tensor | None] = []
         d_f: list[Tensor | None] = []
         pull = None
         if f is not None:
             a, pull = f.again(coupling.read(q), of_f)
-            if skip is None:
+            numbers = update.rule.numbers_in(of_f[: f.n_context])
+            if not update.keeps:
                 with torch.no_grad():
                     p = coupling.uncouple(r, fitting(update.name, r, a), grid)
+                    p = coupling.unscaled(p, numbers, lost, grid)
                     p = p + after(p, dr)
         if expected is not None:
             x1, x2 = (p, q) if update.writes == 1 else (q, p)
             dr = dr + check(update.name, coupling.exact, x1, x2, expected)
-            dp = dr
         if pull is not None:
+            dp = scaled_gradient(dr, numbers)
             dq, *d_f = pull(dr.sum_to_size(a.shape) if a.shape != dr.shape else dr)
             dq = None if dq is None else dq.to(q.dtype)
         if skip is not None:
             _, pull = skip.again(coupling.read(p), of_skip)
             dp, *d_skip = pull(dr)
             dp = None if dp is None else dp.to(p.dtype)
-        return (None, dp, dq, p, q, None, None, *d_skip, *d_f, *[None] * (update.on_grid + update.guarded))
+        return (None, dp, dq, p, q, None, None, None, *d_skip, *d_f, *[None] * (update.on_grid + update.guarded))
 
 
 def _grid_in(update: _Update, tensors: Sequence[Tensor]) -> Tensor | None:

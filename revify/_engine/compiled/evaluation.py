@@ -32,6 +32,7 @@ class CompiledEvaluation:
         self.where, self.function = where, function
         x_needs = x.requires_grad
         self.operands = operands_of(function)
+        self.n_context = sum(isinstance(c, Tensor) for c in context)
         self.constants = [None if isinstance(c, Tensor) else (c,) for c in context]
         self.places: list[tuple[int, str]] = []
         self.tensors: list[Tensor] = [c for c in context if isinstance(c, Tensor)]

@@ -1,0 +1,37 @@
+"""Small whole numbers, packed: the bits that a value loses where it is halved, quartered, ... on its grid."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def packed(values: Tensor, bits: int) -> Tensor:
+    """``values`` (whole, from 0 to 2^bits - 1, of any shape) in as few bytes as 1, 2, 4, 8 or 32 bits a value
+    take; one dimension. Its opposite is `unpacked`."""
+    width = _width(bits)
+    flat = values.flatten()
+    if width >= 8:
+        return flat.to(torch.uint8 if width == 8 else torch.int32)
+    flat = flat.to(torch.uint8)
+    share = 8 // width
+    length = -(-flat.numel() // share)
+    if flat.numel() < share * length:
+        flat = torch.nn.functional.pad(flat, (0, share * length - flat.numel()))
+    first, *others = flat.split(length) if length else (flat,)
+    for i, part in enumerate(others, start=1):
+        first = first | (part << (i * width))
+    return first
+
+
+def unpacked(given: Tensor, bits: int, shape: torch.Size) -> Tensor:
+    width = _width(bits)
+    if width < 8:
+        mask = (1 << width) - 1
+        given = torch.cat([(given >> (i * width)) & mask for i in range(8 // width)])
+        given = given[: shape.numel()]
+    return given.view(shape)
+
+
+def _width(bits: int) -> int:
+    return next(width for width in (1, 2, 4, 8, 32) if bits <= width)
