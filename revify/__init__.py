@@ -4,18 +4,21 @@ from revify import models
 from revify._analysis.report import Report
 from revify._conversion.convert import convert, explain, report
 from revify._engine.chain import ReversibleChain, store_activations
-from revify._engine.schemes import BDIA, Dr2, Midpoint, Momentum, Recurrence, RevNet
 from revify._engine.surroundings import is_replaying
 from revify._errors import NotConvertibleError, ReconstructionError, RevifyError
 from revify._measure import kept_bytes, peak_bytes
+from revify._schemes import BDIA, Dr2, Midpoint, Momentum, Recurrence, RevNet, Scheme
 from revify._tools.estimate import Estimate, StepMemory, estimate
 from revify._tools.fit import options_that_fit
 from revify._tools.largest import Largest, largest_that_fits
+from revify._tools.recalibrate import recalibrate
+from revify._tools.schedule import Dr2Schedule
 from revify._tools.verify import Verification, verify
 
 __all__ = [
     "BDIA",
     "Dr2",
+    "Dr2Schedule",
     "Estimate",
     "Largest",
     "Midpoint",
@@ -27,6 +30,7 @@ __all__ = [
     "RevNet",
     "ReversibleChain",
     "RevifyError",
+    "Scheme",
     "StepMemory",
     "Verification",
     "convert",
@@ -38,6 +42,7 @@ __all__ = [
     "models",
     "options_that_fit",
     "peak_bytes",
+    "recalibrate",
     "report",
     "store_activations",
     "verify",

@@ -16,8 +16,8 @@ from revify._analysis.operations import Operations
 from revify._analysis.stem import Stem, find_stem
 from revify._analysis.traced import Trace, Untraceable
 from revify._analysis.widening import NotWidenable, Widening, widen_entry, widen_exit
-from revify._engine.schemes import Scheme
 from revify._refusals import Refusal, reason
+from revify._schemes import Scheme
 
 
 @dataclass(frozen=True)

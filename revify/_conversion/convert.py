@@ -21,10 +21,10 @@ from revify._conversion.blocks import MODEL, Converted
 from revify._conversion.trial import as_observed, refusal, trial
 from revify._engine.budget import check_memory_budget
 from revify._engine.chain import check_exact, check_grid, check_slices, settings_of
-from revify._engine.schemes import Scheme, scheme_of
 from revify._errors import NotConvertibleError, RevifyError
 from revify._paths import joined
 from revify._refusals import Refusal, reason
+from revify._schemes import Scheme, scheme_of
 
 
 def convert(

@@ -13,11 +13,11 @@ from revify._engine.budget import Budget, check_memory_budget
 from revify._engine.coupling import Coupling
 from revify._engine.evaluation import Evaluation
 from revify._engine.region import mixed
-from revify._engine.schemes import Rule, Scheme, scheme_of
 from revify._engine.state import Settings, State
 from revify._engine.step import Step
 from revify._engine.update import fitting
 from revify._errors import RevifyError
+from revify._schemes import Rule, Scheme, scheme_of
 
 
 class ReversibleChain(nn.Module):

@@ -33,8 +33,8 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from revify._engine.lost_bits import packed, unpacked
-from revify._engine.schemes import Numbers
+from revify._engine.lost_bits import unpacked
+from revify._schemes import Numbers
 
 _GROWTH = 2.0**8
 _EXPONENT = {torch.float32: (torch.int32, 0x7F800000), torch.float64: (torch.int64, 0x7FF0000000000000)}
@@ -124,7 +124,7 @@ class Coupling:
 
     def scaled(self, p: Tensor, numbers: Numbers, grid: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """What an update takes over of ``p = x[n-1]``: ``a p``. On a grid p loses its last bits first, so that the
-        result lies there too: these bits, packed."""
+        result lies there too: these bits, as whole numbers."""
         if numbers.takes_all:
             return p, None
         a = numbers.a
@@ -133,10 +133,10 @@ class Coupling:
         if grid is None or not numbers.bits:
             return p * a, None
         last = _last_bits(p.detach(), numbers.bits, grid)
-        return (p - _on_the_grid(last, p, grid)) * a, packed(last, numbers.bits)
+        return (p - _on_the_grid(last, p, grid)) * a, last
 
     def unscaled(self, past: Tensor, numbers: Numbers, lost: Tensor | None, grid: Tensor | None) -> Tensor:
-        """``p``, of what `scaled` made of it."""
+        """``p``, of what `scaled` made of it, and of the bits that were lost, packed."""
         if numbers.takes_all:
             return past
         p = past / numbers.a

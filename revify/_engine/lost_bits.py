@@ -5,15 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+MOST = 8  # bits; of more, the value itself is no larger
+
 
 def packed(values: Tensor, bits: int) -> Tensor:
-    """``values`` (whole, from 0 to 2^bits - 1, of any shape) in as few bytes as 1, 2, 4, 8 or 32 bits a value
-    take; one dimension. Its opposite is `unpacked`."""
+    """``values`` (whole, from 0 to 2^bits - 1, of any shape) in as few bytes as 1, 2, 4 or 8 bits a value take; one
+    dimension. Its opposite is `unpacked`."""
     width = _width(bits)
-    flat = values.flatten()
-    if width >= 8:
-        return flat.to(torch.uint8 if width == 8 else torch.int32)
-    flat = flat.to(torch.uint8)
+    flat = values.flatten().to(torch.uint8)
     share = 8 // width
     length = -(-flat.numel() // share)
     if flat.numel() < share * length:
@@ -25,13 +24,13 @@ def packed(values: Tensor, bits: int) -> Tensor:
 
 
 def unpacked(given: Tensor, bits: int, shape: torch.Size) -> Tensor:
+    """The values of `packed`, as bytes of a given shape."""
     width = _width(bits)
+    mask = (1 << width) - 1
     if width < 8:
-        mask = (1 << width) - 1
         given = torch.cat([(given >> (i * width)) & mask for i in range(8 // width)])
-        given = given[: shape.numel()]
-    return given.view(shape)
+    return given[: shape.numel()].view(shape)
 
 
 def _width(bits: int) -> int:
-    return next(width for width in (1, 2, 4, 8, 32) if bits <= width)
+    return next(width for width in (1, 2, 4, 8) if bits <= width)

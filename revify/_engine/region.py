@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from revify._engine.schemes import Numbers, Rule
 from revify._paths import at
+from revify._schemes import Numbers, Rule
 
 
 class Code:

@@ -19,14 +19,15 @@ from revify._engine.budget import Budget, Cost, Planner
 from revify._engine.coupling import Coupling
 from revify._engine.evaluation import Evaluation
 from revify._engine.guard import Extent, Guard
+from revify._engine.lost_bits import MOST
 from revify._engine.region import Function, mixed, parameters_of, sides_of
-from revify._engine.schemes import REVNET, Numbers, Rule, Scheme
 from revify._engine.slices import slices_for
 from revify._engine.surroundings import autocast_state, casts_not_shared
 from revify._engine.turn import Turn, take_turn
 from revify._engine.update import Enter, Leave, Recompute, Tail
 from revify._errors import RevifyError
 from revify._fake import has_values
+from revify._schemes import REVNET, Numbers, Rule, Scheme
 
 _GROWTH = {torch.float32: 2.0**6, torch.float64: 2.0**35}  # of rounding errors, to 2^-18 of a value
 _LOOKS = 8  # updates between two looks at the state's extent
@@ -316,14 +317,21 @@ class State:
         return turn.sides
 
     def keeps(self, numbers: Numbers) -> bool:
-        """Whether the next update is to keep the value that it replaces, since reconstructing it would let rounding
-        errors grow too far: without a grid, by 1/|a| an update. Of two updates in turn both streams are kept."""
+        """Whether the next update is to keep the value that it replaces. On the grid, where that is no more than the
+        bits that are lost; without one, where reconstructing it would let rounding errors grow too far, by 1/|a| an
+        update: then of two updates in turn both streams are kept."""
         size = numbers.magnitude
-        if size >= 1 or (self.run.coupling.exact and size > 0):
+        if self.run.coupling.exact and size > 0:
+            return numbers.bits > MOST
+        if size >= 1:
             return False
-        if size > 0 and not self.kept_one and self.growth / size <= _GROWTH[_real(self.run.coupling.state)]:
+        if size == 0:
+            return True
+        if not self.kept_one and self.growth / size <= _GROWTH[_real(self.run.coupling.state)]:
             self.growth /= size
             return False
+        if self.kept_one:
+            self.guarded = False  # another run of updates that are inverted begins
         self.kept_one, self.growth = not self.kept_one, 1.0
         return True
 
@@ -377,7 +385,7 @@ class State:
         if turn.shadows is not None:
             self.tail.state = self.x[q].detach(), self.x[p].detach()
             self.shadow[p], self.shadow[q] = turn.shadows
-        if (skip is not None and writes == 2) or (keeps and not self.kept_one and numbers.magnitude > 0):
+        if skip is not None and writes == 2:
             self.guarded = False  # another run of updates that are inverted begins
         elif self.index % _LOOKS == 0:
             self._note_extent()

@@ -14,10 +14,10 @@ from revify._engine.costs import measure
 from revify._engine.coupling import Coupling
 from revify._engine.evaluation import Evaluation
 from revify._engine.region import Function, mixed, sides_of
-from revify._engine.schemes import Numbers, Rule
 from revify._engine.slices import Slices, evaluated
 from revify._engine.surroundings import random_state_kept
 from revify._engine.update import Tail, Update, check_not_overwritten, fitting, version_of
+from revify._schemes import Numbers, Rule
 
 
 class Turn:

@@ -34,11 +34,12 @@ from torch import Tensor
 
 from revify._engine.coupling import Coupling, is_alone
 from revify._engine.evaluation import Evaluation
+from revify._engine.lost_bits import packed
 from revify._engine.replay import replay, without_tensors
-from revify._engine.schemes import Numbers, Rule
 from revify._engine.slices import Slices, coupled, pulled
 from revify._errors import ReconstructionError, RevifyError, UnitError
 from revify._refusals import reason
+from revify._schemes import Numbers, Rule
 
 
 class Enter(torch.autograd.Function):
@@ -122,7 +123,8 @@ class Update(torch.autograd.Function):
         if skip is not None:
             r, lost = skip.first(p_in).to(coupling.state), None
         else:
-            r, lost = coupling.scaled(p, numbers, grid)
+            r, last = coupling.scaled(p, numbers, grid)
+            lost = None if keeps or last is None else packed(last, numbers.bits)
         sides: list[Tensor] = []
         version = version_of(q_in)
         if slices is not None:
@@ -138,8 +140,7 @@ class Update(torch.autograd.Function):
         check_not_overwritten(name, q_in, version)
         outputs = [part.tape.take_outputs() for part in parts]
         ctx.n_outputs = [len(some) for some in outputs]
-        kept = (p, None) if ctx.keeps else (None, lost)
-        ctx.save_for_backward(*kept, *itertools.chain(*outputs), *tensors)
+        ctx.save_for_backward(p if ctx.keeps else None, lost, *itertools.chain(*outputs), *tensors)
         r_shadow = shadow_of(r)
         if ctx.keeps:
             ctx.mark_non_differentiable(r_shadow)
@@ -178,6 +179,8 @@ class Update(torch.autograd.Function):
             dp = None
         else:
             numbers = ctx.rule.numbers_in(tensors[:n_context])
+            if torch.is_grad_enabled() and not ctx.keeps and numbers.magnitude < 1:
+                raise RevifyError(_TWICE.format(name=ctx.name, a=numbers.magnitude))
             dp = scaled_gradient(dr, numbers)
         q_in = coupling.read(q).to(ctx.q_dtype)
         if slices is not None and dr is not None:
@@ -289,6 +292,10 @@ def _is_batched(x: Tensor | None) -> bool:
     return x is not None and (of.is_legacy_batchedtensor(x) or of.is_batchedtensor(x))
 
 
+_TWICE = (
+    "{name}: second derivatives through the inverse of an update with |a| = {a:g} would lose a factor 1/|a| of their "
+    "digits at every update. Use revify.store_activations(model), or a scheme with |a| of at least 1."
+)
 _BATCHED = (
     "{name}: a batch of gradients (is_grads_batched, vmap) cannot go through a branch that draws random numbers: they "
     "would be drawn again. Use revify.store_activations(model), or take the gradients one after another."

@@ -30,10 +30,11 @@ from revify._engine.compiled.evaluation import CompiledEvaluation
 from revify._engine.compiled.operators import after, check, samples
 from revify._engine.compiled.random import Random, Repeatable
 from revify._engine.coupling import Coupling
+from revify._engine.lost_bits import packed
 from revify._engine.region import Function, mixed, parameters_of, sides_of
-from revify._engine.schemes import Rule
 from revify._engine.turn import Turn, take_turn
 from revify._engine.update import Enter, fitting, scaled_gradient, shadow_of
+from revify._schemes import Rule
 
 if TYPE_CHECKING:
     from revify._engine.state import State
@@ -72,15 +73,16 @@ def update(
         of_f = CompiledEvaluation(where, mixed(f, rule), run.random, run.coupling.read(x[q]), context)
         sides = of_f.sides
     numbers = rule.numbers_in(context)
+    guarded, state.guarded = not state.guarded, True
     keeps = skip is None and state.keeps(numbers)
     past = lost = None
     if skip is None and not numbers.takes_all:
-        past, lost = run.coupling.scaled(x[p].detach(), numbers, state.grid[p])
+        past, last = run.coupling.scaled(x[p].detach(), numbers, state.grid[p])
+        lost = None if keeps or last is None else packed(last, numbers.bits)
     kept = [*(of_skip.tensors if of_skip is not None else ()), *(of_f.tensors if of_f is not None else ())]
     grid = None if skip is not None else state.grid[p]
     if grid is not None:
         kept.append(grid)
-    guarded = not state.guarded
     if guarded:
         kept.append(samples(x[1].detach(), x[2].detach()))
     made = _Update(where, run.coupling, p, of_skip, of_f, rule, keeps, grid is not None, guarded)
@@ -90,7 +92,8 @@ def update(
     x[p], shadow[q], shadow[p] = _UpdateFunction.apply(made, *arguments)
     if skip is not None:
         x[p], state.grid[p] = run.coupling.enter(x[p])
-    state.guarded = not ((skip is not None and writes == 2) or (keeps and not state.kept_one and numbers.magnitude > 0))
+    if skip is not None and writes == 2:
+        state.guarded = False
     return sides
 
 
@@ -177,7 +180,7 @@ class _UpdateFunction(torch.autograd.Function):
         coupling, skip, f = update.coupling, update.skip, update.f
         tensors = list(ctx.saved_tensors)
         p = tensors.pop(0) + after(dr, dr) if update.keeps else r
-        lost = tensors.pop(0) if ctx.has_lost and not update.keeps else None
+        lost = tensors.pop(0) if ctx.has_lost else None
         expected = tensors.pop() if update.guarded else None
         grid = tensors.pop() if update.on_grid else None
         of_skip, of_f = tensors[: update.n_skip], tensors[update.n_skip :]
