@@ -7,6 +7,8 @@ mapped alone where none follows. After it the turn is stream 1's again.
 
 from __future__ import annotations
 
+import functools
+import sys
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
 from weakref import WeakSet
@@ -231,7 +233,7 @@ class State:
         elif torch.compiler.is_compiling():
             sides = compiled.update(self, where, writes, skip, f, context)
         else:
-            sides = self._update_eagerly(where, writes, skip, f, context, through)
+            sides = _uncompiled(State._update_eagerly)(self, where, writes, skip, f, context, through)
         self.index += 1
         if self.run.settings.log is not None:
             self.run.settings.log.append((self.run, name))
@@ -256,9 +258,6 @@ class State:
             self.x[writes], self.grid[writes] = self.run.coupling.enter(self.x[writes])
         return turn.sides
 
-    @torch.compiler.disable(
-        reason="`compiled` has the compiler's way; where that is refused, the eager one is left alone"
-    )
     def _update_eagerly(
         self,
         name: str,
@@ -310,6 +309,15 @@ class State:
         return turn.sides
 
 
+def _uncompiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function, into which no compiler looks: its way is `compiled`, and this one is for what was refused there.
+    `torch.compiler.disable` as a decorator would load Dynamo, which takes longer than all of PyTorch."""
+    return _disabled(function) if "torch._dynamo" in sys.modules else function
+
+
+_disabled = functools.cache(torch.compiler.disable)
+
+
 def _check_not_captured(name: str, x: Tensor) -> None:
     if x.device.type == "cuda" and has_values(x) and torch.cuda.is_current_stream_capturing():
         raise RevifyError(
@@ -353,10 +361,9 @@ def recomputed(function: Function, x: Tensor, settings: Settings, *more: Tensor)
         return function(x, *more)
     if torch.compiler.is_compiling():
         return compiled.recompute(function, x, *more)
-    return _recomputed(function, (x, *more))
+    return _uncompiled(_recomputed)(function, (x, *more))
 
 
-@torch.compiler.disable(reason="as for an update")
 def _recomputed(function: Function, inputs: tuple[Tensor, ...]) -> Any:
     f = Evaluation(function)
     return Recompute.apply(f, len(inputs), *inputs, *f.tensors)
