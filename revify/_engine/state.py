@@ -337,13 +337,18 @@ def _transformed() -> bool:
 
 def _is_lazy(*functions: Function | None) -> bool:
     """Whether parameters are made in this call, whose shapes autograd does not know yet."""
-    return any(f is not None and getattr(f, "region", f) not in _made and not _are_made(f) for f in functions)
+    return any(f is not None and not _are_made(f) for f in functions)
 
 
 def _are_made(f: Function) -> bool:
+    key = getattr(f, "region", f)
+    compiling = torch.compiler.is_compiling()  # it would look at all of the set, and compile again when that grows
+    if not compiling and key in _made:
+        return True
     if any(isinstance(w, torch.nn.parameter.UninitializedParameter) for w in parameters_of(f)):
         return False
-    _made.add(getattr(f, "region", f))
+    if not compiling:
+        _made.add(key)
     return True
 
 
