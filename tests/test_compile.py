@@ -6,6 +6,7 @@ import copy
 import re
 from collections.abc import Callable, Sequence
 from typing import Any
+from weakref import WeakSet
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from torch._inductor.utils import run_and_get_code
 
 import revify
 from revify import ReconstructionError, ReversibleChain, models
+from revify._engine import state
 from revify._engine.compiled.random import Random
 
 pytestmark = [  # the compiler's own, up to PyTorch 2.13
@@ -30,7 +32,9 @@ Run = Callable[[Callable[..., Any]], Any]
 
 
 @pytest.fixture(autouse=True)
-def _fresh() -> None:
+def _fresh(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a process of its own, where what is remembered of earlier models does not spare a second compilation."""
+    monkeypatch.setattr(state, "_made", WeakSet())
     torch._dynamo.reset()
 
 
@@ -235,7 +239,7 @@ def test_inductor(x: Tensor) -> None:
 def kept(model: nn.Module, *inputs: Tensor) -> int:
     torch._dynamo.reset()
     run = compiled(model)
-    run(*inputs)  # compiled outside of `kept_bytes`, whose hooks cannot be traced
+    run(*inputs)  # compiled outside of `kept_bytes`, whose hooks cannot be traced; inside it nothing may be
     return revify.kept_bytes(lambda: run(*inputs), [*inputs, *model.parameters(), *model.buffers()])
 
 

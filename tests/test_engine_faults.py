@@ -478,6 +478,7 @@ assert torch.equal(last, chain.steps[0].branch.l(x2)), "overwritten in the backw
 """
 DEBUGGERS = {
     "none": "",
+    "profiler": "import cProfile\ncProfile.Profile().enable()",
     "tracer": "def trace(frame, event, arg):\n    frame.f_locals\n    return trace\nsys.settrace(trace)",
 }
 

@@ -72,7 +72,7 @@ def test_a_submodule_that_cannot_be_traced_stays_whole_and_is_reported() -> None
 @pytest.mark.parametrize(
     ("option", "message"),
     [
-        ({"coupling": "momentum"}, "coupling must be 'revnet', got 'momentum'"),
+        ({"coupling": "momentum"}, "coupling must be 'revnet' or a scheme .*, got 'momentum'"),
         ({"entry": "double"}, "entry must be .*'duplicate'.* got 'double'"),
         ({"exit": "sum"}, "exit must be .*'mean'.* got 'sum'"),
         ({"tie_shortcuts": 1}, "tie_shortcuts must be True or False, got 1"),

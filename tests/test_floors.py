@@ -1,8 +1,11 @@
-"""The house has floors: imports run downward only, and nothing stands on the same floor's other folder."""
+"""The house has floors: imports run downward only, and nothing stands on the same floor's other folder. It is entered
+without loading a compiler."""
 
 from __future__ import annotations
 
 import ast
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -40,6 +43,14 @@ def test_floor_zero_imports_itself_alone() -> None:
     plain = {file.stem for file in PACKAGE.glob("_*.py")}
     for file in PACKAGE.glob("_[a-z]*.py"):
         assert {name.split(".")[1] for name in imports(file)} <= plain, file
+
+
+def test_importing_loads_no_compiler() -> None:
+    """It takes longer to load than all of PyTorch."""
+    code = "import sys, torch; before = set(sys.modules); import revify; print(*sys.modules.keys() - before)"
+    loaded = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout.split()
+    assert "revify" in loaded
+    assert {"torch._dynamo", "torch._inductor", "sympy", "triton"}.isdisjoint(loaded)
 
 
 def test_no_module_bears_the_name_of_a_public_function() -> None:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 
 from torch import fx
 
+from revify._analysis.after_sums import activations_after, norms_after
 from revify._analysis.operations import Operations
 from revify._refusals import reason
 
@@ -333,7 +334,12 @@ class UnitFinder:
         """The units without those whose sum goes through a norm before the next skip reads it, or before the module
         returns it, as all its sums do."""
         by_z = {unit.z: unit for unit in units}
-        normed = {total: by_z.get(path[-1]) for total, path in self._norms_after(units).items()}
+        normed = {
+            total: by_z.get(path[-1])
+            for total, path in norms_after(
+                self.ops, {u.total for u in units}, {u.z for u in units if u.skip is None}
+            ).items()
+        }
         refused = {total for total, reader in normed.items() if reader is not None}
         refused |= {reader.total for reader in normed.values() if reader is not None}
         if len(normed) == len(units):
@@ -343,36 +349,10 @@ class UnitFinder:
                 self.refusals.append((unit.total, "post-norm", reason("post-norm")))
         return [unit for unit in units if unit.total not in refused]
 
-    def _norms_after(self, units: list[Unit]) -> dict[fx.Node, list[fx.Node]]:
-        """The activations and norms between a sum and the next skip that reads it, or the module's result; for those
-        sums where there is a norm among them."""
-        skipped = {unit.z for unit in units if unit.skip is None}
-        found: dict[fx.Node, list[fx.Node]] = {}
-        for unit in units:
-            path, norms = [unit.total], 0
-            while not (norms and path[-1] in skipped):
-                users = self.ops.data_users(path[-1])
-                if len(users) != 1 or not (self.ops.is_norm(users[0]) or self.ops.is_activation(users[0])):
-                    break
-                path.append(users[0])
-                norms += self.ops.is_norm(users[0])
-            users = self.ops.data_users(path[-1])
-            if norms and (path[-1] in skipped or (users and all(user.op == "output" for user in users))):
-                found[unit.total] = path
-        return found
-
     def _whole(self, units: list[Unit]) -> list[Unit]:
         """The units, those as whole blocks that are more than ``z + f(z)``."""
-        normed = self._norms_after(units)
-        return [self._as_block(unit, normed.get(unit.total) or self._activations_after(unit)) for unit in units]
-
-    def _activations_after(self, unit: Unit) -> list[fx.Node]:
-        path = [unit.total]
-        users = self.ops.data_users(unit.total)
-        while len(users) == 1 and self.ops.is_activation(users[0]) and not self.ops.is_identity(users[0]):
-            path.append(users[0])
-            users = self.ops.data_users(users[0])
-        return path
+        normed = norms_after(self.ops, {u.total for u in units}, {u.z for u in units if u.skip is None})
+        return [self._as_block(u, normed.get(u.total) or activations_after(self.ops, u.total)) for u in units]
 
     def _as_block(self, unit: Unit, path: Sequence[fx.Node]) -> Unit:
         """``path``: the addition and what follows it."""

@@ -20,7 +20,7 @@ from revify._conversion.rewrite import rewrite
 from revify._conversion.variants import compile_variant
 from revify._engine.budget import Budget
 from revify._engine.chain import BLOCK
-from revify._engine.state import Settings
+from revify._engine.run import Settings
 
 
 def apply(

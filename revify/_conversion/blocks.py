@@ -16,8 +16,10 @@ from torch import Tensor, fx, nn
 
 from revify._arguments import MISSING, described, flattened, frozen
 from revify._engine.chain import BLOCK
+from revify._engine.recompute import recomputed
 from revify._engine.region import Code, Function, Region
-from revify._engine.state import Settings, State, recomputed
+from revify._engine.run import Settings
+from revify._engine.state import State
 from revify._engine.streams import Shared, Streams, after_heads, merged
 from revify._errors import RevifyError, UnitError
 from revify._paths import joined

@@ -82,19 +82,24 @@ class Replaying(TorchFunctionMode):
         *_: Any,
         **__: Any,
     ) -> Tensor:
-        apply = _apply_in_graph if torch.compiler.is_compiling() else _Normalize.apply
+        if torch.compiler.is_compiling():
+            from revify._engine.compiled import batch_norm  # here, since it loads Dynamo
+
+            apply = batch_norm.apply
+        else:
+            apply = Normalize.apply
         y: Tensor = apply(x, weight, bias, mean, invstd)
         return y
 
 
-def _normalize(x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, invstd: Tensor) -> Tensor:
+def normalize(x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, invstd: Tensor) -> Tensor:
     # the kernel multiplies by weight / sqrt(var + eps)
     scale = invstd if weight is None else weight * invstd
     y: Tensor = aten.native_batch_norm(x, scale, bias, mean, torch.ones_like(invstd), False, 0.0, 0.0)[0]
     return y
 
 
-class _Normalize(torch.autograd.Function):
+class Normalize(torch.autograd.Function):
     """A batch norm in training whose statistics are known. Differentiable once."""
 
     @staticmethod
@@ -102,7 +107,7 @@ class _Normalize(torch.autograd.Function):
         ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, invstd: Tensor
     ) -> Tensor:
         ctx.save_for_backward(x, weight, mean, invstd)
-        return _normalize(x, weight, bias, mean, invstd)
+        return normalize(x, weight, bias, mean, invstd)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
@@ -114,30 +119,12 @@ class _Normalize(torch.autograd.Function):
         return *(g if need else None for g, need in zip(gradients, needs, strict=True)), None, None
 
 
-class _NormalizeInGraph(torch.autograd.Function):
-    """As `torch.func.vjp` wants it. Called eagerly, a function in this form takes three times as long to start."""
-
-    forward = staticmethod(_normalize)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        x, weight, _, mean, invstd = inputs
-        ctx.save_for_backward(x, weight, mean, invstd)
-
-    backward = staticmethod(_Normalize.backward)
-
-
-@torch.compiler.allow_in_graph  # traced into, the derivative would be that of the forward pass, and wrong
-def _apply_in_graph(*arguments: Tensor | None) -> Any:
-    return _NormalizeInGraph.apply(*arguments)
-
-
 def _is_served(x: Tensor) -> bool:
     return torch.compiler.is_compiling() or (x.numel() >= WORTHWHILE and _repeats_exactly(x))
 
 
 def _repeats_exactly(x: Tensor) -> bool:
-    """Whether `_Normalize` gives the same bits as the kernel that computes the statistics: on the CPU, with dense
+    """Whether `Normalize` gives the same bits as the kernel that computes the statistics: on the CPU, with dense
     inputs, both are the same code."""
     dense = x.is_contiguous() or (x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last))
     return x.device.type == "cpu" and dense

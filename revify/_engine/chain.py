@@ -13,7 +13,8 @@ from revify._engine.budget import Budget, check_memory_budget
 from revify._engine.coupling import Coupling
 from revify._engine.evaluation import Evaluation
 from revify._engine.region import mixed
-from revify._engine.state import Settings, State
+from revify._engine.run import Settings
+from revify._engine.state import State
 from revify._engine.step import Step
 from revify._engine.update import fitting
 from revify._errors import RevifyError

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import flop_registry, sdpa_flop_count
 
 from revify._engine.budget import Output
 from revify._engine.evaluation import Evaluation
@@ -67,6 +66,8 @@ class _Counting(Recording):
 
 
 def _work(op: Any, args: Any, kwargs: Any, result: Any) -> float:
+    from torch.utils.flop_counter import flop_registry, sdpa_flop_count  # here, since it loads Triton
+
     given, made = list(tensors_in((args, kwargs))), list(tensors_in(result))
     storages = {x.untyped_storage()._cdata for x in given}
     if not op._schema.is_mutable and all(y.untyped_storage()._cdata in storages for y in made):

@@ -243,14 +243,16 @@ def _count_references() -> tuple[int, int]:
         a = torch.empty(1)
         into(a)
 
-    watching = sys.gettrace(), sys.getprofile()  # a debugger may hold references to what it looks at
+    trace, profile = sys.gettrace(), sys.getprofile()  # a debugger may hold references to what it looks at
     sys.settrace(None)
-    sys.setprofile(None)
+    if callable(profile):  # cProfile's is not, and could not be set again
+        sys.setprofile(None)
     try:
         caller()
     finally:
-        sys.settrace(watching[0])
-        sys.setprofile(watching[1])
+        sys.settrace(trace)
+        if callable(profile):
+            sys.setprofile(profile)
     return counts[0], counts[1]
 
 

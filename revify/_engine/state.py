@@ -7,122 +7,30 @@ mapped alone where none follows. After it the turn is stream 1's again.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
-from weakref import WeakSet
 
 import torch
 from torch import Tensor
 
 from revify._engine import compiled
-from revify._engine.budget import Budget, Cost, Planner
+from revify._engine.at_work import check_not_captured, is_lazy, is_transformed, must_be_plain, uncompiled
 from revify._engine.coupling import Coupling
-from revify._engine.evaluation import Evaluation
-from revify._engine.guard import Extent, Guard
+from revify._engine.guard import Extent
 from revify._engine.lost_bits import MOST
+from revify._engine.recompute import recomputed
 from revify._engine.region import Function, mixed, parameters_of, sides_of
+from revify._engine.run import Run, Settings, evenly
 from revify._engine.slices import slices_for
-from revify._engine.surroundings import autocast_state, casts_not_shared
+from revify._engine.surroundings import casts_not_shared
 from revify._engine.turn import Turn, take_turn
-from revify._engine.update import Enter, Leave, Recompute, Tail
+from revify._engine.update import Enter, Leave, Tail
 from revify._errors import RevifyError
-from revify._fake import has_values
-from revify._schemes import REVNET, Numbers, Rule, Scheme
+from revify._schemes import REVNET, Numbers, Rule
 
 _GROWTH = {torch.float32: 2.0**6, torch.float64: 2.0**35}  # of rounding errors, to 2^-18 of a value
 _LOOKS = 8  # updates between two looks at the state's extent
 Through = Callable[..., Tensor]  # calls `take_turn`, itself or by way of a module
-
-
-class Settings:
-    """What the chains of a model have in common.
-
-    Attributes:
-        scheme: the recurrence.
-        exact: whether the state runs on the grid.
-        budget: what the chains may keep of their activations together, or None.
-        slices: in how many the batch goes through a branch that allows it.
-        stores_activations: whether they run by plain autograd.
-        guard: watches over reconstructed states (see `guard`).
-    """
-
-    guard: Callable[..., Any] = staticmethod(Guard.apply)
-
-    def __init__(self, scheme: Scheme, exact: bool, budget: Budget | None = None, slices: int = 1) -> None:
-        self.scheme, self.exact, self.budget, self.slices = scheme, exact, budget, slices
-        self.stores_activations = False
-        self.handed: dict[str, Any] = {}  # the last state that a block has handed on, by the block's path
-        self.log: list[tuple[Run, str]] | None = None  # of the updates, where somebody asks
-        self.planners: dict[str, Planner] = {}
-
-    @property
-    def stores(self) -> bool:
-        """Whether everything that plain autograd keeps is kept."""
-        return self.stores_activations or (self.budget is not None and self.budget.fraction() >= 1)
-
-    def planner(self, chain: str) -> Planner | None:
-        if self.budget is None:
-            return None
-        if chain not in self.planners:
-            self.planners[chain] = Planner(self.budget)
-        return self.planners[chain]
-
-
-class Run:
-    """One way of a state through a chain: what holds for all its updates.
-
-    Attributes:
-        name: of the chain.
-        coupling: the arithmetic.
-        scheme: the recurrence, as it was at the start.
-        training: whether the chain's first block is in training.
-        updates: how many there will be, where that is known.
-        axis: of the channels where the streams are concatenated at the end; None: their mean is taken.
-    """
-
-    def __init__(
-        self,
-        settings: Settings,
-        name: str,
-        coupling: Coupling,
-        training: bool,
-        updates: int | None = None,
-        axis: int | None = None,
-    ) -> None:
-        self.settings, self.name, self.coupling = settings, name, coupling
-        self.scheme, self.training = settings.scheme, training
-        self.updates, self.axis = updates, axis
-        self.anchor: Tensor | None = None
-        self.keep: Sequence[Collection[int]] | None = None  # for each update that is inverted; None: for all nothing
-        self.costs: list[Cost] | None = None  # of the updates so far, where they are measured
-        self.learn: Callable[[list[Cost]], None] | None = None
-        self.random: Any = None  # the compiler's
-        self._rules: dict[tuple[bool, bool, bool], Rule] = {}
-
-    def rule(self, first: bool, block: bool, draws: bool) -> Rule:
-        kind = first, block, draws
-        if kind not in self._rules:
-            self._rules[kind] = Rule(self.scheme, first, self.training, block, draws)
-        return self._rules[kind]
-
-    def plan(self, x: dict[int, Tensor]) -> None:
-        """Chooses what to keep, or sees to it that the costs are measured."""
-        planner = self.settings.planner(self.name)
-        if planner is None or not x[1].numel():
-            return
-        kind = (x[1].shape[1:], x[1].dtype, str(autocast_state(x[1].device)))
-        size = x[1].numel()
-        choice = planner.choice(kind, size)
-        if choice is not None:
-            self.keep = choice.keep
-        else:
-            self.costs = []
-            self.learn = lambda costs: planner.learn(kind, size, costs)
-
-    def inverts(self, index: int) -> bool:
-        if self.settings.stores_activations or _must_be_plain():
-            return False
-        return self.keep is None or index < len(self.keep)
 
 
 class State:
@@ -158,7 +66,7 @@ class State:
         if x1.is_nested:
             raise RevifyError(f"{name}: nested tensors have no streams: pad them, or use revify.store_activations.")
         gradients = torch.is_grad_enabled() and not torch.compiler.is_exporting()
-        exact = settings.exact and (training or gradients) and not _transformed()
+        exact = settings.exact and (training or gradients) and not is_transformed()
         exact = exact and settings.scheme.inverts(training)
         coupling = Coupling(torch.promote_types(x1.dtype, x2.dtype), exact)
         run = Run(settings, name, coupling, training, updates, axis)
@@ -168,7 +76,7 @@ class State:
             run.anchor = next((x for x in (x1, x2) if x.requires_grad), None)
             if torch.compiler.is_compiling():
                 run.random = compiled.Random(x1.device)
-                run.keep = _evenly(settings, updates)
+                run.keep = evenly(settings, updates)
             elif not settings.stores_activations:
                 run.plan(state.x)
         return state
@@ -291,7 +199,8 @@ class State:
         elif torch.compiler.is_compiling():
             sides = compiled.update(self, where, writes, skip, f, context, rule)
         else:
-            sides = self._update_eagerly(where, writes, skip, f, context, through, rule)
+            update = uncompiled(State._update_eagerly)
+            sides = update(self, where, writes, skip, f, context, through, rule)
         self.index += 1
         if self.run.settings.log is not None:
             self.run.settings.log.append((self.run, name))
@@ -327,7 +236,7 @@ class State:
             return False
         if size == 0:
             return True
-        if not self.kept_one and self.growth / size <= _GROWTH[_real(self.run.coupling.state)]:
+        if not self.kept_one and self.growth / size <= _GROWTH[self.run.coupling.state.to_real()]:
             self.growth /= size
             return False
         if self.kept_one:
@@ -335,9 +244,6 @@ class State:
         self.kept_one, self.growth = not self.kept_one, 1.0
         return True
 
-    @torch.compiler.disable(
-        reason="`compiled` has the compiler's way; where that is refused, the eager one is left alone"
-    )
     def _update_eagerly(
         self,
         name: str,
@@ -349,12 +255,12 @@ class State:
         rule: Rule,
     ) -> Any:
         run, p, q = self.run, writes, 3 - writes
-        inverts = run.inverts(self.index) and not _is_lazy(skip, f)
+        inverts = run.inverts(self.index) and not is_lazy(skip, f)
         if inverts and not self.shadow:
             # What lies ahead of the first update that needs a gradient need not be reconstructed.
             anchor = run.anchor = run.anchor if run.anchor is not None else _anchor(self.x, context, skip, f)
             if anchor is not None:
-                _check_not_captured(name, self.x[1])
+                check_not_captured(name, self.x[1])
                 self.shadow = dict(zip((1, 2), Enter.apply(anchor, self.x[1], self.x[2]), strict=True))
                 self.guarded = False
         if self.shadow and not inverts:
@@ -370,7 +276,7 @@ class State:
         shadows = (self.shadow[p], self.shadow[q]) if self.shadow else None
         grid = None if skip is not None else self.grid[p]
         slices = None
-        if run.settings.slices > 1 and f is not None and not _must_be_plain():
+        if run.settings.slices > 1 and f is not None and not must_be_plain():
             read = run.coupling.read(self.x[q].detach())
             slices = slices_for(run.settings.slices, mixed(f, rule), read, context)
         numbers = rule.numbers_in(context)
@@ -394,75 +300,9 @@ class State:
         return turn.sides
 
 
-def _real(dtype: torch.dtype) -> torch.dtype:
-    return dtype.to_real() if dtype.is_complex else dtype
-
-
-def _check_not_captured(name: str, x: Tensor) -> None:
-    if x.device.type == "cuda" and has_values(x) and torch.cuda.is_current_stream_capturing():
-        raise RevifyError(
-            f"{name}: a reversible pass cannot be captured in a CUDA graph, since its backward pass goes by what the "
-            'host knows; let torch.compile(model, mode="reduce-overhead") make the graph, or capture the model inside '
-            "revify.store_activations."
-        )
-
-
-def _transformed() -> bool:
-    """Whether a transform of `torch.func`, or `torch.jit.trace`, is at work, which sees into no autograd function."""
-    if torch.compiler.is_compiling():
-        return False
-    functional = torch._C._functorch.peek_interpreter_stack() is not None
-    return functional or torch._C._get_tracing_state() is not None or torch.autograd.forward_ad._current_level >= 0
-
-
-def _is_lazy(*functions: Function | None) -> bool:
-    """Whether parameters are made in this call, whose shapes autograd does not know yet."""
-    return any(f is not None and getattr(f, "region", f) not in _made and not _are_made(f) for f in functions)
-
-
-def _are_made(f: Function) -> bool:
-    if any(isinstance(w, torch.nn.parameter.UninitializedParameter) for w in parameters_of(f)):
-        return False
-    _made.add(getattr(f, "region", f))
-    return True
-
-
-_made: WeakSet[Any] = WeakSet()  # functions whose parameters have shapes
-
-
-def _must_be_plain() -> bool:
-    """Whether nothing but operations may be recorded; an export keeps the grid all the same."""
-    return torch.compiler.is_exporting() or _transformed()
-
-
-def recomputed(function: Function, x: Tensor, settings: Settings, *context: Any) -> Any:
-    """``function(x, *context)``, of which the inputs alone are kept for the backward pass."""
-    if not torch.is_grad_enabled() or settings.stores or _must_be_plain() or _is_lazy(function):
-        return function(x, *context)
-    if torch.compiler.is_compiling():
-        return compiled.recompute(function, x, *context)
-    return _recomputed(function, x, context)
-
-
-@torch.compiler.disable(reason="as for an update")
-def _recomputed(function: Function, x: Tensor, context: Sequence[Any]) -> Any:
-    f = Evaluation(function)
-    given = [v for v in context if isinstance(v, Tensor)]
-    y, *sides = Recompute.apply(f, context, x, *given, *f.tensors)
-    return (y, *f.joined(sides)) if sides_of(function) else y
-
-
 def _anchor(x: dict[int, Tensor], context: Sequence[Any], skip: Function | None, f: Function | None) -> Tensor | None:
     """A tensor that requires grad, if any that an update reads does."""
     given = [v for v in (x[1], x[2], *context) if isinstance(v, Tensor)]
     for function in (skip, f):
         given += [] if function is None else parameters_of(function)
     return next((v for v in given if v.requires_grad), None)
-
-
-def _evenly(settings: Settings, updates: int | None) -> Sequence[Collection[int]] | None:
-    """What is kept in a graph of `torch.compile`: nothing is measured there, so all updates count alike, the last are
-    stored, and of none a part of its outputs is kept."""
-    if settings.budget is None or updates is None:
-        return None
-    return [()] * (updates - int(min(1.0, settings.budget.fraction()) * updates))
