@@ -37,6 +37,7 @@ SYNC = {
     "sync-batch-norm-autocast": nn.SyncBatchNorm,
     "own-norm": NormOverProcesses,
 }
+SCHEMES = ("ddp-schemes", "fsdp-blocks-schemes")
 Norm = Callable[[int], nn.Module]
 
 
@@ -82,6 +83,8 @@ def main(case: str, rank: int, file: str) -> None:
     torch.manual_seed(0)
     if case in SYNC:
         norms_over_processes(case, rank)
+    elif case in SCHEMES:
+        schemes(case, rank)
     else:
         wrapped_models(case, rank)
     dist.destroy_process_group()
@@ -114,6 +117,26 @@ def wrapped_models(case: str, rank: int) -> None:
             close(found, expected, name)
         model.zero_grad()
         single.zero_grad()
+
+
+def schemes(case: str, rank: int) -> None:
+    """Both evaluations are the same; what `BDIA` draws is another thing in each process."""
+    for scheme in (revify.Midpoint(), revify.Momentum(), revify.Dr2(0.25, 0.5), revify.BDIA()):
+        model = revify.convert(Net(), coupling=scheme)
+        stored = copy.deepcopy(model)
+        for settings in settings_of(stored):
+            settings.stores_activations = True
+        gradients = []
+        for m in (model, stored):
+            run: nn.Module = m
+            if case.startswith("fsdp"):
+                sharded(m, case)
+            else:
+                run = DistributedDataParallel(m)
+            torch.manual_seed(rank)
+            run(torch.randn(4, 3, 6, 6)).square().mean().backward()
+            gradients.append([whole(p.grad) for p in m.parameters()])
+        assert all(map(torch.equal, *gradients)), scheme
 
 
 def norms_over_processes(case: str, rank: int) -> None:

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from tests.distributed_worker import DDP, FSDP, SYNC
+from tests.distributed_worker import DDP, FSDP, SCHEMES, SYNC
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
-@pytest.mark.parametrize("case", [*DDP, *FSDP, *SYNC])
+@pytest.mark.parametrize("case", [*DDP, *FSDP, *SYNC, *SCHEMES])
 def test_two_processes_are_one(case: str, tmp_path: Path) -> None:
     processes = [
         subprocess.Popen(

@@ -334,12 +334,7 @@ class UnitFinder:
         """The units without those whose sum goes through a norm before the next skip reads it, or before the module
         returns it, as all its sums do."""
         by_z = {unit.z: unit for unit in units}
-        normed = {
-            total: by_z.get(path[-1])
-            for total, path in norms_after(
-                self.ops, {u.total for u in units}, {u.z for u in units if u.skip is None}
-            ).items()
-        }
+        normed = {total: by_z.get(path[-1]) for total, path in self._norms_after(units).items()}
         refused = {total for total, reader in normed.items() if reader is not None}
         refused |= {reader.total for reader in normed.values() if reader is not None}
         if len(normed) == len(units):
@@ -349,9 +344,12 @@ class UnitFinder:
                 self.refusals.append((unit.total, "post-norm", reason("post-norm")))
         return [unit for unit in units if unit.total not in refused]
 
+    def _norms_after(self, units: list[Unit]) -> dict[fx.Node, list[fx.Node]]:
+        return norms_after(self.ops, [u.total for u in units], {u.z for u in units if u.skip is None})
+
     def _whole(self, units: list[Unit]) -> list[Unit]:
         """The units, those as whole blocks that are more than ``z + f(z)``."""
-        normed = norms_after(self.ops, {u.total for u in units}, {u.z for u in units if u.skip is None})
+        normed = self._norms_after(units)
         return [self._as_block(u, normed.get(u.total) or activations_after(self.ops, u.total)) for u in units]
 
     def _as_block(self, unit: Unit, path: Sequence[fx.Node]) -> Unit:

@@ -61,12 +61,23 @@ class Slices:
 def slices_for(count: int, f: Function, q: Tensor, context: Sequence[Any]) -> Slices | None:
     """The batch in ``count`` slices, or as many as there are samples; where these are fewer, and f treats the positions
     of a sequence apart as well, the sequence. None where f cannot go in slices."""
-    if count < 2 or sides_of(f):
+    if count < 2 or sides_of(f) or not all(map(_is_data, context)):
         return None
     by_samples = _along(0, min(count, q.shape[0]), f, q, context) if q.ndim > 1 else None
     if q.ndim > 2 and q.shape[0] < count <= q.shape[1]:
         return _along(1, count, f, q, context) or by_samples
     return by_samples
+
+
+def _is_data(x: Any) -> bool:
+    """Whether a value of the context is no object of its own kind (a cache, for instance), which may hold tensors of
+    the whole batch, and change."""
+    if isinstance(x, (tuple, list)):
+        return all(map(_is_data, x))
+    return isinstance(x, (Tensor, *_PLAIN, torch.dtype, torch.device))
+
+
+_PLAIN = (int, float, str, bool, type(None))
 
 
 def _along(dim: int, count: int, f: Function, q: Tensor, context: Sequence[Any]) -> Slices | None:
@@ -92,8 +103,7 @@ _known: WeakKeyDictionary[Any, dict[Hashable, tuple[bool, ...] | None]] = WeakKe
 def _circumstances(f: Function, q: Tensor, context: Sequence[Any]) -> Hashable:
     """All that the answer may depend on."""
     modules = [m for operand in operands_of(f) if isinstance(operand, nn.Module) for m in operand.modules()]
-    plain = (int, float, str, bool, type(None))
-    attributes = tuple((n, v) for m in modules for n, v in vars(m).items() if isinstance(v, plain))
+    attributes = tuple((n, v) for m in modules for n, v in vars(m).items() if isinstance(v, _PLAIN))
     given = tuple((x.shape, x.dtype) if isinstance(x, Tensor) else repr(x) for x in (q, *context))
     return given, attributes, torch.is_autocast_enabled(q.device.type)
 
