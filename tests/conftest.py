@@ -10,6 +10,10 @@ import torch
 
 from tests import known
 
+# Two tests run at a time, on two cores: neither they nor the processes that they start are to have more threads.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
+
 # `default` draws the same cases every time, so that the gate never depends on luck; `thorough` looks further.
 hypothesis.settings.register_profile("default", derandomize=True, deadline=None, database=None)
 hypothesis.settings.register_profile("thorough", max_examples=1000, deadline=None, print_blob=True)

@@ -47,7 +47,7 @@ def branch(width: int = 4, dropout: float = 0.0) -> nn.Module:
     return nn.Sequential(*layers)
 
 
-def chain(depth: int = 4, dropout: float = 0.0, exact: bool = False) -> ReversibleChain:
+def chain(depth: int, dropout: float = 0.0, exact: bool = False) -> ReversibleChain:
     return ReversibleChain([branch(dropout=dropout) for _ in range(depth)], exact=exact)
 
 
@@ -80,17 +80,23 @@ def test_chain(x: Tensor, exact: bool) -> None:
         assert y.grad is not None
         return y.grad
 
-    model = chain(5, exact=exact).double()
+    model = chain(3, exact=exact).double()
     as_eager(model, run)
     assert {int(m.num_batches_tracked) for m in model.modules() if isinstance(m, nn.BatchNorm2d)} == {1}
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"entry": "widen", "exit": "concat", "tie_shortcuts": False}, {"exact": True}], ids=str
+    ("depth", "options"),
+    [
+        (8, {"entry": "widen", "exit": "concat", "tie_shortcuts": False}),
+        (14, {"exact": True}),
+        pytest.param(14, {}, marks=pytest.mark.slow),
+    ],
+    ids=str,
 )
-def test_network_with_stem_and_transitions(options: dict[str, Any]) -> None:
+def test_network_with_stem_and_transitions(depth: int, options: dict[str, Any]) -> None:
     images, labels = torch.randn(4, 3, 16, 16, dtype=torch.float64), torch.tensor([0, 1, 2, 3])
-    model = revify.convert(models.cifar_resnet(14), **options).double()
+    model = revify.convert(models.cifar_resnet(depth), **options).double()
 
     def run(m: Callable[..., Any]) -> Tensor:
         value = F.cross_entropy(m(images), labels)
@@ -118,8 +124,15 @@ def test_tokens() -> None:
     as_eager(revify.convert(Net()).double(), lambda m: m(ids).sin().sum().backward())
 
 
-@pytest.mark.parametrize("trained", [(0,), (1, 3), (2,)])
-@pytest.mark.parametrize("input_needs_grad", [False, True])
+@pytest.mark.parametrize(
+    ("trained", "input_needs_grad"),
+    [
+        ((0,), False),
+        ((1, 3), True),
+        ((2,), False),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in [((0,), True), ((1, 3), False), ((2,), True)]),
+    ],
+)
 def test_frozen_branches(x: Tensor, trained: tuple[int, ...], input_needs_grad: bool) -> None:
     model = chain(4).double().requires_grad_(False)
     for i in trained:
@@ -182,7 +195,7 @@ def test_sizes_and_constants_that_change_between_calls() -> None:
             results[-1].backward()
         return torch.stack(results).detach()
 
-    as_eager(ReversibleChain([Attend() for _ in range(3)]).double(), run)
+    as_eager(ReversibleChain([Attend() for _ in range(2)]).double(), run)
 
 
 class Counting(nn.Module):
@@ -211,8 +224,8 @@ def test_autocast() -> None:
             value = loss(m(x, x))
         value.backward()
 
-    as_eager(chain(), run, tolerance=1e-6)  # which kernels compute in bfloat16 depends on the processor
-    as_eager(chain().bfloat16(), lambda m: loss(m(x.bfloat16(), x.bfloat16())).backward())
+    as_eager(chain(3), run, tolerance=1e-6)  # which kernels compute in bfloat16 depends on the processor
+    as_eager(chain(2).bfloat16(), lambda m: loss(m(x.bfloat16(), x.bfloat16())).backward())
 
 
 def test_train_eval_train(x: Tensor) -> None:
@@ -225,7 +238,7 @@ def test_train_eval_train(x: Tensor) -> None:
             with torch.no_grad():
                 m(x, x)
 
-    as_eager(chain(3).double(), run)
+    as_eager(chain(2).double(), run)
 
 
 def test_inductor(x: Tensor) -> None:
@@ -250,7 +263,7 @@ def statistics(model: nn.Module) -> int:
 
 def test_memory_is_flat_in_depth() -> None:
     x = torch.randn(16, 4, 12, 12)
-    shallow, deep = (chain(depth, dropout=0.1) for depth in (4, 12))
+    shallow, deep = (chain(depth, dropout=0.1) for depth in (4, 10))
     bytes_of_chains = [kept(model, x, x) - statistics(model) for model in (shallow, deep)]
     assert bytes_of_chains[0] == bytes_of_chains[1]
     with revify.store_activations(shallow), revify.store_activations(deep):

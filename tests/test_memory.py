@@ -79,7 +79,7 @@ def branch():
 
 chain = revify.ReversibleChain([branch() for _ in range(36)])
 chain.settings.stores_activations = sys.argv[1] == "stored"
-x = torch.randn(64, 16, 32, 32)
+x = torch.randn(32, 16, 32, 32)
 
 def step():
     y1, y2 = chain(x, x)
