@@ -18,8 +18,9 @@ from torch._inductor.utils import run_and_get_code
 
 import revify
 from revify import ReconstructionError, ReversibleChain, models
-from revify._engine import state
+from revify._engine import at_work
 from revify._engine.compiled.random import Random
+from tests.test_scheme_models import WithTime
 
 pytestmark = [  # the compiler's own, up to PyTorch 2.13
     pytest.mark.filterwarnings("ignore:.*autograd.*should not be instantiated:DeprecationWarning"),
@@ -34,7 +35,7 @@ Run = Callable[[Callable[..., Any]], Any]
 @pytest.fixture(autouse=True)
 def _fresh(monkeypatch: pytest.MonkeyPatch) -> None:
     """As in a process of its own, where what is remembered of earlier models does not spare a second compilation."""
-    monkeypatch.setattr(state, "_made", WeakSet())
+    monkeypatch.setattr(at_work, "_made", WeakSet())
     torch._dynamo.reset()
 
 
@@ -104,6 +105,22 @@ def test_network_with_stem_and_transitions(depth: int, options: dict[str, Any]) 
         return value.detach()
 
     as_eager(model, run)
+
+
+@pytest.mark.parametrize("scheme", [revify.Midpoint(), revify.Momentum(), revify.Dr2(), revify.BDIA()], ids=repr)
+@pytest.mark.parametrize("exact", [True, pytest.param(False, marks=pytest.mark.slow)])
+def test_schemes(scheme: revify.Scheme, exact: bool) -> None:
+    """A run with context, a transition, and another run."""
+    x, t = torch.randn(3, 6, dtype=torch.float64), torch.randn(3, 4, dtype=torch.float64)
+    model = revify.convert(WithTime().double(), (x, t), coupling=scheme, exact=exact)
+
+    def run(m: Callable[..., Any]) -> Tensor:
+        torch.manual_seed(1)
+        y: Tensor = m(x, t)
+        y.square().sum().backward()
+        return y
+
+    as_eager(model, run, tolerance=1e-6)
 
 
 def test_tokens() -> None:

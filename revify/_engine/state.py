@@ -28,7 +28,10 @@ from revify._engine.update import Enter, Leave, Tail
 from revify._errors import RevifyError
 from revify._schemes import REVNET, Numbers, Rule
 
-_GROWTH = {torch.float32: 2.0**6, torch.float64: 2.0**35}  # of rounding errors, to 2^-18 of a value
+_GROWTH = {  # of rounding errors, to 2^-18 of a value
+    **dict.fromkeys((torch.float32, torch.complex64), 2.0**6),
+    **dict.fromkeys((torch.float64, torch.complex128), 2.0**35),
+}
 _LOOKS = 8  # updates between two looks at the state's extent
 Through = Callable[..., Tensor]  # calls `take_turn`, itself or by way of a module
 
@@ -236,7 +239,7 @@ class State:
             return False
         if size == 0:
             return True
-        if not self.kept_one and self.growth / size <= _GROWTH[self.run.coupling.state.to_real()]:
+        if not self.kept_one and self.growth / size <= _GROWTH[self.run.coupling.state]:
             self.growth /= size
             return False
         if self.kept_one:
