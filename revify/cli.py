@@ -21,6 +21,7 @@ from torch import Tensor
 from revify._conversion.convert import convert, explain
 from revify._errors import NotConvertibleError, RevifyError
 from revify._names import load_model, sentence, told
+from revify._schemes import BDIA, Dr2, Midpoint, Momentum, Recurrence, RevNet, Scheme
 from revify._table import megabytes
 from revify._tools.estimate import Estimate, estimate
 from revify._tools.largest import largest_that_fits
@@ -205,7 +206,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-_CONVERSION = ("entry", "exit", "tie_shortcuts", "exact", "memory_budget", "slices", "strict")
+_CONVERSION = ("coupling", "entry", "exit", "tie_shortcuts", "exact", "memory_budget", "slices", "strict")
 
 
 def _conversion(options: argparse.Namespace) -> dict[str, Any]:
@@ -220,6 +221,13 @@ def _add_model(command: argparse.ArgumentParser, shape: tuple[int, ...] | None, 
     command.add_argument("--shape", type=_shape, default=shape, help=shape_help)
     command.add_argument("--json", action="store_true", help="print JSON")
     add = command.add_argument_group("conversion, as in revify.convert").add_argument
+    add(
+        "--coupling",
+        type=_scheme,
+        default="revnet",
+        metavar="SCHEME",
+        help="revnet, midpoint, bdia, dr2, momentum:0.875, or recurrence:A,B,C (%(default)s)",
+    )
     add("--entry", choices=["duplicate", "widen"], default="duplicate", help="how the streams begin (%(default)s)")
     add("--exit", choices=["mean", "concat"], default="mean", help="how they end (%(default)s)")
     add(
@@ -229,6 +237,21 @@ def _add_model(command: argparse.ArgumentParser, shape: tuple[int, ...] | None, 
     add("--memory-budget", type=_budget, help="what may be kept: 0.5 of the activations, or 2GiB, for example (none)")
     add("--slices", type=_positive, default=1, help="parts in which a branch takes the batch (%(default)s)")
     add("--strict", action="store_true", help="refuse the whole model where any unit is refused")
+
+
+_SCHEMES = {s.__name__.lower(): s for s in (RevNet, Midpoint, BDIA, Dr2, Momentum, Recurrence)}
+
+
+def _scheme(text: str) -> Scheme:
+    name, _, numbers = text.partition(":")
+    try:
+        return _SCHEMES[name.lower()](*map(float, filter(None, numbers.split(","))))
+    except RevifyError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+    except (KeyError, ValueError, TypeError) as error:
+        raise argparse.ArgumentTypeError(
+            f"must be one of {', '.join(_SCHEMES)}, with its numbers (momentum:0.875, recurrence:1,0,2), got {text!r}"
+        ) from error
 
 
 def _shape(text: str) -> tuple[int, ...]:

@@ -319,3 +319,24 @@ def test_ends_without_a_traceback(module: str, name: str, status: int) -> None:
     assert process.stderr.read() == b""
     process.stderr.close()
     assert process.wait() == status
+
+
+@pytest.mark.parametrize("scheme", ["midpoint", "bdia", "dr2:0.25,0.5", "momentum:0.75", "Recurrence:1,0,1"])
+def test_schemes(scheme: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["explain", "resnet18", "--coupling", scheme, "--json"]) == 0
+    chains = json.loads(capsys.readouterr().out)["chains"]
+    assert [chain["exit"] for chain in chains] == ["last"]
+
+
+@pytest.mark.parametrize(
+    ("scheme", "message"),
+    [
+        ("leapfrog", "must be one of revnet, midpoint, bdia, dr2, momentum, recurrence, with its numbers"),
+        ("recurrence:1,0", "must be one of revnet"),
+        ("momentum:2", "gamma must be a number between 0 and 1, got 2.0"),
+    ],
+)
+def test_wrong_schemes(scheme: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["explain", "resnet18", "--coupling", scheme])
+    assert message in capsys.readouterr().err

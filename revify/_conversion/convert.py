@@ -165,7 +165,9 @@ def _analysed(root: nn.Module, example_inputs: Any, form: Form) -> _Analysis:
         refusals = (Refusal(name, "no-additions", reason("no-additions")),)
     chains = tuple(_chain_report(chain, form) for chain in plan.chains)
     return _Analysis(
-        root, plan, Report(name, chains, refusals, (*_notes(plan), *little_saved(root, plan.chains), *found.notes))
+        root,
+        plan,
+        Report(name, chains, refusals, (*_notes(plan, root), *little_saved(root, plan.chains), *found.notes)),
     )
 
 
@@ -241,10 +243,16 @@ def _chain_report(plan: ChainPlan, form: Form) -> ChainReport:
     )
 
 
-def _notes(plan: Plan) -> list[str]:
+def _notes(plan: Plan, root: nn.Module) -> list[str]:
     notes = []
+    scheme = plan.form.scheme
     if plan.chains:
-        notes.append(plan.form.scheme.note)
+        notes.append(scheme.note)
+    if plan.chains and not scheme.keeps_function and any(map(_has_running_statistics, root.modules())):
+        notes.append(
+            "Running statistics of batch norms, where they come from training, belong to the original function: "
+            "revify.recalibrate(model, batches) takes them again."
+        )
     blocks = {s.block.path: s.block for c in plan.chains for s in c.chain.segments}.values()
     if any(_moves_activation(block) for block in blocks):
         notes.append(
@@ -256,6 +264,10 @@ def _notes(plan: Plan) -> list[str]:
     if plan.stem is not None:
         notes.append("What lies ahead of the first chain keeps its input alone, and is evaluated again in backward.")
     return notes
+
+
+def _has_running_statistics(module: nn.Module) -> bool:
+    return isinstance(module, nn.modules.batchnorm._BatchNorm) and module.track_running_stats
 
 
 def _moves_activation(block: Block) -> bool:
