@@ -22,6 +22,7 @@ from revify._refusals import REASONS
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+COVERAGE = (ROOT / "docs" / "coverage.md").read_text()
 FENCE = re.compile(r"^( *)```([^\n]*)\n(.*?)^\1```[ \t]*$", re.MULTILINE | re.DOTALL)
 KINDS = {"python", "text", "sh", ""}
 DRAWINGS = {"architecture.md"}  # pages that draw in fences without a kind
@@ -167,6 +168,13 @@ def test_every_reason_is_provoked_and_mended() -> None:
 
 def test_the_citation_is_of_this_version() -> None:
     assert f"\nversion: {metadata('revify')['Version']}\n" in (ROOT / "CITATION.cff").read_text()
+
+
+def test_how_many_models_convert_is_what_the_table_says() -> None:
+    counts = dict(re.findall(r"^(All families|timm|transformers): (\d+ of \d+) models", COVERAGE, re.MULTILINE))
+    assert f"{counts['All families']} models" in (ROOT / "README.md").read_text()
+    page = (ROOT / "docs" / "libraries.md").read_text()
+    assert f"{counts['timm']} of timm's, {counts['transformers']} of transformers'" in page
 
 
 # Where a reader looks for these words, the page is to be found: its title, or a heading on it, has them.
