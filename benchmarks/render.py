@@ -24,7 +24,7 @@ def render(output: Path, page: Path) -> None:
     """Writes the page, and its pictures into ``images`` beside it, from every file of figures in ``output``."""
     found = [json.loads(path.read_text()) for path in sorted(output.glob("*.json"))]
     order = list(WORKLOADS)
-    found.sort(key=lambda data: (_kind(data) != "cpu", _kind(data), order.index(data["spec"]["workload"])))
+    found.sort(key=lambda data: (*_rank(data), order.index(data["spec"]["workload"])))
     text = page.read_text() if page.exists() else EMPTY
     if text.count(BEGIN) != 1 or text.count(END) != 1:
         raise ValueError(f"{page} must hold each of these lines once: {BEGIN} and {END}")
@@ -33,6 +33,12 @@ def render(output: Path, page: Path) -> None:
     generated = "\n\n".join(block for data in found for block in _section(data, page))
     page.parent.mkdir(parents=True, exist_ok=True)
     page.write_text(f"{before}{BEGIN}\n\n{generated}\n\n{END}{after}")
+
+
+def _rank(data: Figures) -> tuple[bool, bool, str]:
+    """A CPU's figures first, and of those the ones that page faults have no part in."""
+    kind = _kind(data)
+    return not kind.startswith("cpu"), kind == "cpu", kind
 
 
 def _kind(data: Figures) -> str:

@@ -5,9 +5,9 @@
     python examples/pretrained.py resnet20 --data images/
 
 ``images/`` holds ``train/CLASS/*`` and ``test/CLASS/*``; the text is cut into characters. A plain network is trained
-for ``--steps`` steps and converted by each scheme. Told are its test error (accuracy, or loss in nats) before any training,
-after the batch norms' statistics were taken again, and after a tenth and a third of the steps of fine-tuning at a tenth
-of the learning rate, beside the plain network fine-tuned alike; then networks trained from scratch. Dr2 is led from the
+for ``--steps`` steps and converted by each scheme. Told are its figure of merit (accuracy, or loss in nats) before any
+training, after the batch norms' statistics were taken again, and after a tenth and a third of the steps of fine-tuning
+at a tenth of the learning rate, beside the plain network fine-tuned alike; then networks trained from scratch. Dr2 is led from the
 original network to a = 1/2 in the course of the fine-tuning. Every run sees the same batches.
 
 ``--seeds`` repeats all of it. Results are printed, and written as JSON to ``--output``. Needs

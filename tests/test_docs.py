@@ -1,45 +1,157 @@
-"""Runs every Python block of the documentation: each page's blocks in order, in one namespace."""
+"""Runs the documentation: each page's Python blocks in order, in one namespace; what a page says is printed is compared
+with what they print, and what is typed into a shell exists."""
 
 from __future__ import annotations
 
+import contextlib
+import importlib.util
+import io
 import re
+import shlex
 import textwrap
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib.metadata import metadata
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
 
+from revify import cli
 from revify._refusals import REASONS
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
-BLOCK = re.compile(r"^( *)```python\b[^\n]*\n(.*?)^\1```\s*?$", re.MULTILINE | re.DOTALL)
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+COVERAGE = (ROOT / "docs" / "coverage.md").read_text()
+FENCE = re.compile(r"^( *)```([^\n]*)\n(.*?)^\1```[ \t]*$", re.MULTILINE | re.DOTALL)
+KINDS = {"python", "text", "sh", ""}
+DRAWINGS = {"architecture.md"}  # pages that draw in fences without a kind
+NOT_IN_THE_GATE = {"trainers.md": ("lightning", "accelerate", "peft")}  # what a page needs and `.[dev]` does not bring
 
 
-def python_blocks(text: str) -> list[str]:
-    """The source of each block, moved to its line in the page, so that a traceback names that line."""
-    return ["\n" * text.count("\n", 0, match.start(2)) + textwrap.dedent(match[2]) for match in BLOCK.finditer(text)]
+@dataclass(frozen=True)
+class Fence:
+    """``source`` is moved to its line in the page, so that a traceback names that line."""
+
+    kind: str
+    source: str
 
 
-@pytest.mark.parametrize("page", [p for p in PAGES if python_blocks(p.read_text())], ids=lambda p: p.name)
-def test_page_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def fences(text: str) -> list[Fence]:
+    return [
+        Fence(m[2].strip(), "\n" * text.count("\n", 0, m.start(3)) + textwrap.dedent(m[3]))
+        for m in FENCE.finditer(text)
+    ]
+
+
+@pytest.fixture
+def no_group() -> Iterator[None]:
+    yield
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("page", [p for p in PAGES if fences(p.read_text())], ids=lambda p: p.name)
+def test_page_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_group: None) -> None:
+    for library in NOT_IN_THE_GATE.get(page.name, ()):
+        if importlib.util.find_spec(library) is None:
+            pytest.skip(f"needs {library}")
     monkeypatch.chdir(tmp_path)
+    run(page.read_text(), page)
+
+
+def run(text: str, page: Path) -> None:
+    """Python is run; a ``text`` fence must be among what was printed; ``...`` in it stands for anything."""
     namespace: dict[str, object] = {"__name__": "__main__"}
-    for source in python_blocks(page.read_text()):
-        exec(compile(source, str(page), "exec", dont_inherit=True), namespace)
+    printed = io.StringIO()
+    found = fences(text)
+    for fence, following in zip(found, [*found[1:], None], strict=True):
+        with contextlib.redirect_stdout(printed):
+            if fence.kind == "python":
+                exec(compile(fence.source, str(page), "exec", dont_inherit=True), namespace)
+            elif fence.kind == "sh" and following is not None and following.kind == "text":
+                for words in commands(fence.source):
+                    assert words[0] == "revify", words
+                    cli.main(words[1:])
+        if fence.kind == "text":
+            expected = re.escape(without_trailing_blanks(fence.source)).replace(r"\.\.\.", ".*?")
+            now = without_trailing_blanks(printed.getvalue())
+            assert re.search(expected, now, re.DOTALL), f"{page.name}: what is printed is\n{now}"
 
 
-def test_every_block_is_found() -> None:
-    """No fence is missed by the pattern: one that is opened but not matched would never run."""
+def without_trailing_blanks(text: str) -> str:
+    return "\n".join(line.rstrip() for line in text.strip("\n").splitlines())
+
+
+def test_every_fence_is_found_and_of_a_kind_that_is_checked() -> None:
+    """None is missed by the pattern: one that is opened but not matched would never run."""
     for page in PAGES:
         text = page.read_text()
-        assert len(python_blocks(text)) == len(re.findall(r"```\s*(?:python|py)\b", text)), page
+        found = fences(text)
+        assert 2 * len(found) == len(re.findall(r"^ *```", text, re.MULTILINE)), page
+        assert {fence.kind for fence in found} <= KINDS - ({""} if page.name not in DRAWINGS else set()), page
+
+
+def test_what_is_typed_exists() -> None:
+    extras = set(metadata("revify").get_all("Provides-Extra") or ())
+    targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    for page in PAGES:
+        for fence in fences(page.read_text()):
+            for words in commands(fence.source) if fence.kind == "sh" else ():
+                check(words, extras, targets)
+
+
+def check(words: list[str], extras: set[str], targets: set[str]) -> None:
+    """That there are the options, extras, targets, modules and files that a command names."""
+    program, *rest = words
+    if program == "revify" or words[:3] == ["python", "-m", "revify"]:
+        cli._parser().parse_args(rest if program == "revify" else rest[2:])
+    elif program == "pip":
+        for found in re.findall(r"\.\[([\w,]+)\]", " ".join(rest)):
+            assert set(found.split(",")) <= extras, words
+    elif program == "make":
+        assert rest[0] in targets, words
+    elif program in ("python", "torchrun") and rest[:2] == ["-m", "pytest"]:
+        assert all((ROOT / word).exists() for word in rest[2:] if word.startswith("tests/")), words
+    elif program in ("python", "torchrun"):
+        files = [ROOT / word for word in rest if word.endswith(".py") and "/" in word]
+        module = ROOT / rest[1].replace(".", "/") if rest[0] == "-m" else ROOT
+        assert all(file.exists() for file in files), words
+        assert module.is_dir() or module.with_suffix(".py").exists(), words
+    else:
+        assert program in ("for", "do", "done", "git", "cd"), words
+
+
+def commands(source: str) -> Iterator[list[str]]:
+    """The words of each line; a line that ends in a backslash goes on."""
+    for line in source.replace("\\\n", " ").splitlines():
+        words = [word.rstrip(";") for word in shlex.split(line, comments=True)]
+        if words:
+            yield words
 
 
 def test_a_wrong_block_fails() -> None:
-    (source,) = python_blocks("text\n\n```python\nassert 1 + 1 == 3\n```\n")
     with pytest.raises(AssertionError) as failure:
-        exec(compile(source, "page.md", "exec"))
+        run("text\n\n```python\nassert 1 + 1 == 3\n```\n", Path("page.md"))
     assert failure.traceback[-1].lineno == 3  # counted from 0: the block's line in the page
+
+
+@pytest.mark.parametrize("said", ["2\n4", "1\n...\n4"])
+def test_what_is_not_printed_fails(said: str) -> None:
+    page = "```python\nfor i in range(4):\n    print(i)\n```\n\n```text\n{}\n```\n"
+    run(page.format("1\n2"), Path("page.md"))
+    run(page.format("0\n...\n3"), Path("page.md"))
+    with pytest.raises(AssertionError):
+        run(page.format(said), Path("page.md"))
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["revify explain --nothing resnet18", 'pip install ".[nothing]"', "make nothing", "python -m nothing", "rm x"],
+)
+def test_what_does_not_exist_fails(line: str) -> None:
+    with pytest.raises((AssertionError, SystemExit)):
+        check(next(commands(line)), {"vision"}, {"test"})
 
 
 def test_every_reason_of_a_refusal_has_its_line_and_anchor() -> None:
@@ -47,3 +159,58 @@ def test_every_reason_of_a_refusal_has_its_line_and_anchor() -> None:
     for code, reason in REASONS.items():
         assert re.search(rf"^\|[^|]*`{code}`[^|]*\|.*\| *{reason.when} *\|?", page, re.MULTILINE), code
         assert f"{{#{code}}}" in page or f'id="{code}"' in page, code
+
+
+def test_every_reason_is_provoked_and_mended() -> None:
+    headings = re.findall(r"^### ([\w-]+)$", (ROOT / "docs" / "troubleshooting.md").read_text(), re.MULTILINE)
+    assert set(REASONS) == set(headings)
+
+
+def test_the_citation_is_of_this_version() -> None:
+    assert f"\nversion: {metadata('revify')['Version']}\n" in (ROOT / "CITATION.cff").read_text()
+
+
+def test_how_many_models_convert_is_what_the_table_says() -> None:
+    counts = dict(re.findall(r"^(All families|timm|transformers): (\d+ of \d+) models", COVERAGE, re.MULTILINE))
+    assert f"{counts['All families']} models" in (ROOT / "README.md").read_text()
+    page = (ROOT / "docs" / "libraries.md").read_text()
+    assert f"{counts['timm']} of timm's, {counts['transformers']} of transformers'" in page
+
+
+# Where a reader looks for these words, the page is to be found: its title, or a heading on it, has them.
+SEARCHES = {
+    "onnx": "export.md",
+    "export": "export.md",
+    "inference": "export.md",
+    "timm": "libraries.md",
+    "transformers": "libraries.md",
+    "hugging face": "libraries.md",
+    "lightning": "trainers.md",
+    "lora": "trainers.md",
+    "ddp": "several-gpus.md",
+    "fsdp": "several-gpus.md",
+    "out of memory": "estimate.md",
+    "memory does not go down": "memory-not-down.md",
+    "batch norm": "batch-norm.md",
+}
+
+
+@pytest.mark.parametrize("words", SEARCHES)
+def test_a_search_has_its_page(words: str) -> None:
+    """The search ranks titles first."""
+    wanted = set(words.split())
+    titled = [p.name for p in PAGES if wanted <= set(re.findall(r"\w+", title(p).lower()))]
+    assert titled == [SEARCHES[words]]
+
+
+def title(page: Path) -> str:
+    found = re.search(r"^# (.+)$", page.read_text(), re.MULTILINE)
+    return found[1] if found else ""
+
+
+def test_every_page_is_on_a_shelf_and_in_the_list_for_programs() -> None:
+    navigation = re.findall(r": ([\w-]+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE)
+    pages = sorted(p.relative_to(ROOT / "docs").as_posix() for p in (ROOT / "docs").rglob("*.md"))
+    assert sorted(navigation) == pages
+    listed = [f"{name}.md" for name in re.findall(r"\]\(([\w-]+)/\)", (ROOT / "docs" / "llms.txt").read_text())]
+    assert sorted(listed) == sorted(set(pages) - {"index.md"})

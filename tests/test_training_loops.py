@@ -366,6 +366,18 @@ def test_saved_tensors_moved_away(model: nn.Module, x: Tensor) -> None:
     both_ways(model, run)
 
 
+@pytest.mark.parametrize("options", [{}, {"slices": 2}, {"memory_budget": 0.5}])
+def test_inference_mode(options: dict[str, Any], x: Tensor) -> None:
+    """Tensors that are made in it count no writes."""
+    model = revify.convert(Net(), **options).eval()
+    with torch.no_grad():
+        expected = model(x)
+    with torch.inference_mode():
+        assert torch.equal(model(x), expected)
+        assert torch.equal(model(x.clone()), expected)
+    model(x).square().mean().backward()
+
+
 def test_export_in_eval(model: nn.Module, x: Tensor) -> None:
     model.eval()
     exported = torch.export.export(model, (x,)).module()

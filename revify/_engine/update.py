@@ -267,7 +267,7 @@ def _unit_error(name: str, code: str, **found: object) -> UnitError:
 
 def version_of(x: Tensor) -> int:
     """Counts what was written into x; the compiler does not see it."""
-    return 0 if torch.compiler.is_compiling() else x._version
+    return 0 if torch.compiler.is_compiling() or x.is_inference() else x._version
 
 
 def check_not_overwritten(name: str, x: Tensor, version: int) -> None:

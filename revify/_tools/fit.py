@@ -15,9 +15,11 @@ _HALVINGS = 6
 
 def options_that_fit(model: nn.Module, example_inputs: Any, memory: int, **options: Any) -> dict[str, Any]:
     """The options of `convert` with which the peak of a training step, as `estimate` counts it, is at most ``memory``,
-    and the backward pass does as little again as that allows::
+    and the backward pass does as little again as that allows:
 
-        model = revify.convert(model, images, **revify.options_that_fit(model, images, 8 * 2**30))
+    ```python
+    model = revify.convert(model, images, **revify.options_that_fit(model, images, 8 * 2**30))
+    ```
 
     The batch goes through the branches in as few ``slices`` as the flat form needs to fit, and what room is left then
     is the ``memory_budget``. It takes as long as a dozen estimates.

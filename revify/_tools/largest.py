@@ -22,13 +22,17 @@ class Largest:
 def largest_that_fits(at: Callable[[int], Estimate], memory: int, *, limit: int = 2**16) -> Largest:
     """The largest n whose training step fits into memory, plain and reversible.
 
-    n is whatever ``at`` makes of it. The largest batch::
+    n is whatever ``at`` makes of it. The largest batch:
 
-        largest_that_fits(lambda n: revify.estimate(model, x, batch_size=n), 16 * 2**30)
+    ```python
+    largest_that_fits(lambda n: revify.estimate(model, x, batch_size=n), 16 * 2**30)
+    ```
 
-    and the deepest network::
+    and the deepest network:
 
-        largest_that_fits(lambda n: revify.estimate(cifar_resnet(6 * n + 2), x), 16 * 2**30, limit=200)
+    ```python
+    largest_that_fits(lambda n: revify.estimate(cifar_resnet(6 * n + 2), x), 16 * 2**30, limit=200)
+    ```
 
     The memory must not fall as n grows. It is an affine function of n, or nearly so, as a rule; then five estimates or
     so are made for each of the two. The results are checked: n fits, and n + 1 does not.
