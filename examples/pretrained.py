@@ -7,8 +7,8 @@
 ``images/`` holds ``train/CLASS/*`` and ``test/CLASS/*``; the text is cut into characters. A plain network is trained
 for ``--steps`` steps and converted by each scheme. Told are its figure of merit (accuracy, or loss in nats) before any
 training, after the batch norms' statistics were taken again, and after a tenth and a third of the steps of fine-tuning
-at a tenth of the learning rate, beside the plain network fine-tuned alike; then networks trained from scratch. Dr2 is led from the
-original network to a = 1/2 in the course of the fine-tuning. Every run sees the same batches.
+at a tenth of the learning rate, beside the plain network fine-tuned alike; then networks trained from
+scratch. Dr2 is led from a = 1/4 to a = 1/2 in the course of the fine-tuning. Every run sees the same batches.
 
 ``--seeds`` repeats all of it. Results are printed, and written as JSON to ``--output``. Needs
 ``pip install "revify[vision,demo]"``.
@@ -130,7 +130,8 @@ class GPT(Task):
     @torch.no_grad()
     def test(self, model: nn.Module) -> float:
         model.eval()
-        rows = self.held[: 256 * (self.context + 1)].view(256, -1)
+        count = min(256, len(self.held) // (self.context + 1))
+        rows = self.held[: count * (self.context + 1)].view(count, -1)
         return float(self.loss(model, rows[:, :-1], rows[:, 1:]))
 
 

@@ -7,7 +7,7 @@ from revify._engine.chain import ReversibleChain, store_activations
 from revify._engine.surroundings import is_replaying
 from revify._errors import NotConvertibleError, ReconstructionError, RevifyError
 from revify._measure import kept_bytes, peak_bytes
-from revify._schemes import BDIA, Dr2, Midpoint, Momentum, Recurrence, RevNet, Scheme
+from revify._schemes import BDIA, Dr2, Midpoint, Momentum, Numbers, Recurrence, RevNet, Scheme
 from revify._tools.estimate import Estimate, StepMemory, estimate
 from revify._tools.fit import options_that_fit
 from revify._tools.largest import Largest, largest_that_fits
@@ -24,6 +24,7 @@ __all__ = [
     "Midpoint",
     "Momentum",
     "NotConvertibleError",
+    "Numbers",
     "ReconstructionError",
     "Recurrence",
     "Report",

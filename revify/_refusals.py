@@ -20,9 +20,10 @@ class Reason:
 
 # fmt: off
 REASONS = {reason.code: reason for reason in (
-    Reason("post-norm", "not yet",
-        "a norm with parameters follows the addition, on the path that the next skip reads (post-norm), so the state "
-        "cannot be carried past it. Use the pre-norm form of the block (norm_first=True)."),
+    Reason("post-norm", "do this",
+        "a norm with parameters follows the addition, on the path that the next skip reads (post-norm), so two streams "
+        "cannot be carried past it. Use a scheme that takes the block as a whole (coupling=revify.BDIA()), or the "
+        "pre-norm form of the block (norm_first=True)."),
     Reason("scaled-skip", "not yet",
         "the skip is scaled by {factor}: only a skip that is the identity or a projection can be inverted. "
         "Move the scale into the branch."),

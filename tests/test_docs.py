@@ -182,6 +182,7 @@ SEARCHES = {
     "onnx": "export.md",
     "export": "export.md",
     "inference": "export.md",
+    "pretrained": "pretrained.md",
     "timm": "libraries.md",
     "transformers": "libraries.md",
     "hugging face": "libraries.md",

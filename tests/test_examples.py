@@ -1,8 +1,10 @@
-"""The training example, run as its users run it."""
+"""The examples, run as their users run them."""
 
 from __future__ import annotations
 
 import csv
+import importlib
+import json
 import os
 import signal
 import subprocess
@@ -112,3 +114,21 @@ def test_a_damaged_checkpoint_is_named(images: Path, tmp_path: Path) -> None:
     assert result.returncode == 1
     assert "checkpoint.pt cannot be read" in result.stderr
     assert (tmp_path / "checkpoint.pt").read_bytes() == b"damaged"
+
+
+def test_every_scheme_is_fine_tuned(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(ROOT / "examples")
+    pretrained = importlib.import_module("pretrained")
+    text = tmp_path / "text.txt"
+    text.write_text("to be, or not to be, that is the question. " * 600)
+    output = tmp_path / "found.json"
+    pretrained.main(["gpt", "--data", str(text), "--steps", "20", "--seeds", "1", "--output", str(output)])
+    (found,) = json.loads(output.read_text())["seeds"]
+    assert list(found) == ["plain", "RevNet", "Midpoint", "Momentum", "Dr2", "BDIA"]
+    assert found["BDIA"]["converted"] == pytest.approx(found["plain"]["converted"], abs=1e-5)
+    assert found["Dr2"]["converted"] == pytest.approx(found["plain"]["converted"], abs=1e-4)
+    assert abs(found["RevNet"]["converted"] - found["plain"]["converted"]) > 1e-3
+    assert all(row["kept, MB"] < found["plain"]["kept, MB"] / 4 for name, row in found.items() if name != "plain")
+    assert "| BDIA |" in capsys.readouterr().out
