@@ -28,7 +28,7 @@ class Numbers:
     """Those of one update.
 
     Attributes:
-        size: the magnitude of a, where it is a number of each sample.
+        size: the magnitude of a, where it is a number of each sample; without it every value is kept.
     """
 
     a: Number = 1.0
@@ -43,7 +43,7 @@ class Numbers:
 
     @property
     def magnitude(self) -> float:
-        return abs(self.a) if isinstance(self.a, float) else float(self.size or 0.0)
+        return float(self.size or 0.0) if isinstance(self.a, Tensor) else float(abs(self.a))
 
     @property
     def bits(self) -> int:

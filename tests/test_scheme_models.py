@@ -311,3 +311,21 @@ def test_recalibrated_statistics_are_those_of_the_new_function() -> None:
     with pytest.raises(RevifyError, match="batches is empty"):
         revify.recalibrate(model, [])
     revify.recalibrate(model, [{"x": batches[0]}])
+
+
+class Drawing(nn.Module):
+    """Random numbers that no module draws."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.f = nn.Linear(6, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + F.dropout(self.f(x), 0.5, self.training)
+
+
+@every_scheme
+def test_dropout_as_a_function(scheme: Scheme) -> None:
+    exact = not isinstance(scheme, Momentum)
+    model = revify.convert(nn.Sequential(*(Drawing() for _ in range(6))), coupling=scheme, exact=exact)
+    assert revify.verify(model, torch.randn(4, 6)).ok

@@ -12,7 +12,7 @@ from collections.abc import Iterable
 
 from torch import nn
 
-from revify._engine.region import After, Bound, Code, Function
+from revify._engine.region import After, Bound, Code, Function, Mixed
 from revify._engine.stand_ins import Held
 
 _DRAWING = re.compile("drop|rand|bernoulli|normal_|multinomial|uniform|exponential|poisson|attention|rrelu|fractional")
@@ -42,6 +42,8 @@ def _is_quiet(cls: type) -> bool:
 def _code_may_draw(function: Function) -> bool:
     if isinstance(function, After):
         return _code_may_draw(function.head) or _code_may_draw(function.function)
+    if isinstance(function, Mixed):
+        return _code_may_draw(function.function)
     return isinstance(function, Bound) and _source_may_draw(function.region.code)
 
 
