@@ -1,9 +1,9 @@
 """One of two processes that train a converted network together; run by test_distributed.py.
 
-    python tests/distributed_worker.py CASE RANK FILE
+    python -m tests.distributed_worker RANK FILE CASE ...
 
-compares the gradients of the two processes, each with half of a batch, with those of one process and the whole batch.
-Norms are over single images or over all processes, so that halves and whole are the same function.
+compares, in each case, the gradients of the two processes, each with half of a batch, with those of one process and the
+whole batch. Norms are over single images or over all processes, so that halves and whole are the same function.
 """
 
 from __future__ import annotations
@@ -77,16 +77,18 @@ class ByHand(nn.Module):
         return self.head((x1 + x2).mean((2, 3)))  # type: ignore[no-any-return]
 
 
-def main(case: str, rank: int, file: str) -> None:
+def main(rank: int, file: str, *cases: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=2)
-    torch.manual_seed(0)
-    if case in SYNC:
-        norms_over_processes(case, rank)
-    elif case in SCHEMES:
-        schemes(case, rank)
-    else:
-        wrapped_models(case, rank)
+    for case in cases:
+        print(f"case {case}", flush=True)
+        torch.manual_seed(0)
+        if case in SYNC:
+            norms_over_processes(case, rank)
+        elif case in SCHEMES:
+            schemes(case, rank)
+        else:
+            wrapped_models(case, rank)
     dist.destroy_process_group()
 
 
@@ -192,6 +194,6 @@ def sharded(model: nn.Module, case: str) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]), sys.argv[3])
+    main(int(sys.argv[1]), *sys.argv[2:])
     sys.stdout.flush()
     os._exit(0)  # the threads that gloo leaves behind sometimes abort an ordinary exit of the interpreter

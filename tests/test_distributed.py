@@ -13,11 +13,11 @@ from tests.distributed_worker import DDP, FSDP, SCHEMES, SYNC
 ROOT = Path(__file__).resolve().parent.parent
 
 
-@pytest.mark.parametrize("case", [*DDP, *FSDP, *SYNC, *SCHEMES])
-def test_two_processes_are_one(case: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("cases", [tuple(DDP), FSDP, tuple(SYNC), SCHEMES], ids=" ".join)
+def test_two_processes_are_one(cases: tuple[str, ...], tmp_path: Path) -> None:
     processes = [
         subprocess.Popen(
-            [sys.executable, "-m", "tests.distributed_worker", case, str(rank), str(tmp_path / "meeting")],
+            [sys.executable, "-m", "tests.distributed_worker", str(rank), str(tmp_path / "meeting"), *cases],
             cwd=ROOT,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -26,7 +26,7 @@ def test_two_processes_are_one(case: str, tmp_path: Path) -> None:
         for rank in range(2)
     ]
     try:
-        outputs = [process.communicate(timeout=120)[0] for process in processes]
+        outputs = [process.communicate(timeout=240)[0] for process in processes]
     finally:
         for process in processes:
             process.kill()
