@@ -56,6 +56,9 @@ def test_resnet18_by_hand() -> None:
     assert_same_gradients(converted, hand)
 
 
+slow = pytest.mark.slow  # each end alone; with the other it is tried always
+
+
 @pytest.mark.parametrize(
     ("make", "size"),
     [
@@ -66,7 +69,9 @@ def test_resnet18_by_hand() -> None:
         (lambda: torchvision.models.efficientnet_b0(num_classes=7), 64),
     ],
 )
-@pytest.mark.parametrize("options", [{"entry": "widen"}, {"exit": "concat"}, WIDE])
+@pytest.mark.parametrize(
+    "options", [pytest.param({"entry": "widen"}, marks=slow), pytest.param({"exit": "concat"}, marks=slow), WIDE]
+)
 def test_gradients_are_those_of_stored_activations(
     make: Callable[[], nn.Module], size: int, options: dict[str, str]
 ) -> None:
