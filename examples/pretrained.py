@@ -182,7 +182,7 @@ def train(task: Task, model: nn.Module, steps: int, rate: float, seed: int) -> I
         optimizer,
         [
             torch.optim.lr_scheduler.LinearLR(optimizer, 0.1, total_iters=warm),
-            torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps - warm),
+            torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(1, steps - warm)),
         ],
         [warm],
     )
