@@ -127,6 +127,20 @@ networks = st.builds(
 shapes = st.tuples(st.integers(1, 3), st.integers(1, 5), st.integers(1, 5)).filter(lambda s: s[0] * s[1] * s[2] > 1)
 dtypes = st.sampled_from([torch.float32, torch.float64, torch.bfloat16, torch.float16])
 autocasts = st.sampled_from([None, None, torch.bfloat16, torch.float16])
+schemes = st.sampled_from(
+    [
+        *[revify.RevNet()] * 6,
+        *(
+            revify.Midpoint(),
+            revify.Momentum(0.5),
+            revify.Momentum(),
+            revify.BDIA(),
+            revify.Dr2(),
+            revify.Dr2(0.25, 0.5),
+        ),
+        *(revify.Recurrence(-1, 0.5, 0.5), revify.Recurrence(0.625, -0.25, 0.75)),
+    ]
+)
 layouts = st.sampled_from(["contiguous", "channels_last", "transposed", "strided"])
 
 
@@ -156,15 +170,20 @@ def run(model: nn.Module, x: Tensor, extra: Tensor, autocast: torch.dtype | None
 
 
 @settings(max_examples=200 * MANY)
-@given(networks, shapes, layouts, dtypes, autocasts)
+@given(networks, schemes, shapes, layouts, dtypes, autocasts)
 def test_reconstruction_and_gradients_are_exact(
-    network: Network, shape: tuple[int, ...], layout: str, dtype: torch.dtype, autocast: torch.dtype | None
+    network: Network,
+    scheme: revify.Scheme,
+    shape: tuple[int, ...],
+    layout: str,
+    dtype: torch.dtype,
+    autocast: torch.dtype | None,
 ) -> None:
     """In the exact mode: outputs, gradients and buffers are those of stored activations, bit for bit. The guard raises
     where a reconstructed state differs."""
     torch.manual_seed(7)
     autocast = autocast if dtype == torch.float32 else None
-    model = revify.convert(network.to(dtype), exact=True)
+    model = revify.convert(network.to(dtype), coupling=scheme)
     stored = copy.deepcopy(model)
     x, extra = image(network, shape, layout, dtype), torch.randn(1).to(dtype)
     found = run(model, x, extra, autocast)
