@@ -275,9 +275,6 @@ class Rule:
         return self.numbers(context[-1] if self.draws else None)
 
 
-REVNET = Rule(RevNet())
-
-
 def scheme_of(coupling: object) -> Scheme:
     """The scheme that an argument ``coupling`` means."""
     if isinstance(coupling, str) and coupling == "revnet":

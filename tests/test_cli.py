@@ -17,7 +17,7 @@ import torchvision
 from torch import Tensor, nn
 
 import revify
-from revify import NotConvertibleError, RevifyError, cli, models
+from revify import NotConvertibleError, RevifyError, RevNet, cli, models
 from tests import problems
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -126,11 +126,14 @@ def test_a_library_that_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("command", ["explain", "estimate", "verify"])
 def test_every_option_of_convert(command: str) -> None:
     parameters = inspect.signature(revify.convert).parameters.values()
-    defaults = {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY and p.name != "coupling"}
+    defaults = {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
+    assert defaults.pop("coupling") == "revnet"
+    defaults = {"coupling": RevNet(), **defaults}
     assert cli._conversion(cli._parser().parse_args([command, "x"])) == defaults
     given = ["--entry", "widen", "--exit=concat", "--untied-shortcuts", "--no-exact", "--slices=2", "--strict"]
     options = cli._conversion(cli._parser().parse_args([command, "x", *given, "--memory-budget", "0.5"]))
     assert options == {
+        "coupling": RevNet(),
         "entry": "widen",
         "exit": "concat",
         "tie_shortcuts": False,

@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import revify
 from revify import ReconstructionError, ReversibleChain, RevifyError, models
-from revify._engine import guard, state, verdicts
+from revify._engine import at_work, guard, verdicts
 from revify._engine.evaluation import Evaluation
 from revify._engine.update import shadow_of
 from revify._fake import hollow_copy
@@ -248,7 +248,7 @@ def test_the_tape_keeps_what_attention_returns(kernel: str) -> None:
 
 @pytest.mark.parametrize("exact", [True, False], ids=["exact", "rounding"])
 def test_a_reversible_pass_is_not_captured_in_a_graph(exact: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(state, "has_values", lambda x: True)
+    monkeypatch.setattr(at_work, "has_values", lambda x: True)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     with pytest.raises(
         RevifyError, match=r"reversible chain, at branch 0: .* torch.compile.* revify.store_activations"

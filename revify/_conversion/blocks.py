@@ -31,6 +31,8 @@ class BlockUnit:
     skip read what these return. Where the unit is a ``whole`` block, the branch is all of it, and ``restarts`` says
     whether it changes the shape."""
 
+    whole = restarts = False  # where a saved model says nothing of it
+
     def __init__(
         self,
         name: str,
@@ -145,6 +147,8 @@ class BlockCode:
             whether there is one that is taken to go on from its own.
         second: the child with stream 2's own projections, where they are not shared.
     """
+
+    inner: Sequence[str] = ()  # where a saved model says nothing of it
 
     def __init__(
         self,

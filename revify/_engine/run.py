@@ -12,7 +12,7 @@ from revify._engine.budget import Budget, Cost, Planner
 from revify._engine.coupling import Coupling
 from revify._engine.guard import Guard
 from revify._engine.surroundings import autocast_state
-from revify._schemes import Rule, Scheme
+from revify._schemes import RevNet, Rule, Scheme
 
 
 class Settings:
@@ -28,6 +28,8 @@ class Settings:
     """
 
     guard: Callable[..., Any] = staticmethod(Guard.apply)
+    scheme: Scheme = RevNet()  # where a saved model says nothing of it; likewise slices
+    slices = 1
 
     def __init__(self, scheme: Scheme, exact: bool, budget: Budget | None = None, slices: int = 1) -> None:
         self.scheme, self.exact, self.budget, self.slices = scheme, exact, budget, slices
@@ -80,7 +82,7 @@ class Run:
         self.random: Any = None  # the compiler's
         self._rules: dict[tuple[bool, bool, bool], Rule] = {}
 
-    def rule(self, first: bool, block: bool, draws: bool) -> Rule:
+    def rule(self, first: bool = False, block: bool = False, draws: bool = False) -> Rule:
         kind = first, block, draws
         if kind not in self._rules:
             self._rules[kind] = Rule(self.scheme, first, self.training, block, draws)

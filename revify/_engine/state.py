@@ -26,7 +26,7 @@ from revify._engine.surroundings import casts_not_shared
 from revify._engine.turn import Turn, take_turn
 from revify._engine.update import Enter, Leave, Tail
 from revify._errors import RevifyError
-from revify._schemes import REVNET, Numbers, Rule
+from revify._schemes import Numbers, Rule
 
 _GROWTH = {  # of rounding errors, to 2^-18 of a value
     **dict.fromkeys((torch.float32, torch.complex64), 2.0**6),
@@ -138,7 +138,7 @@ class State:
     def transition(self, name: str, f: Function, skip: Function, skip2: Function, context: Sequence[Any] = ()) -> Any:
         """``x1 <- skip(x1) + f(x2)``; skip2 waits for stream 2. Returns what f returned besides."""
         self.settle()
-        sides = self._update(name, 1, skip, f, context, None)
+        sides = self._update(name, 1, skip, f, context, None, self.run.rule())
         self.waiting = f"{name} (stream 2)", skip2
         return sides
 
@@ -146,7 +146,7 @@ class State:
         """Maps stream 2 through the projection that waits for it."""
         if self.waiting is not None:
             (name, skip), self.waiting = self.waiting, None
-            self._update(name, 2, skip, None, (), None)
+            self._update(name, 2, skip, None, (), None, self.run.rule())
             self.writes = 1
 
     def _note_extent(self) -> None:
@@ -190,7 +190,7 @@ class State:
         f: Function | None,
         context: Sequence[Any],
         through: Through | None,
-        rule: Rule = REVNET,
+        rule: Rule,
     ) -> Any:
         where = f"{self.run.name}, at {name}"
         if not torch.is_grad_enabled():
