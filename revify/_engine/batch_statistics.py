@@ -52,7 +52,7 @@ class Recording(TorchFunctionMode):
             return F.batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps)
         y, mean, invstd = torch.native_batch_norm(x, weight, bias, running_mean, running_var, True, momentum, eps)
         precise = invstd.dtype in (torch.float32, torch.float64) and (weight is None or weight.dtype == invstd.dtype)
-        self.statistics.append((x.shape, mean, invstd) if precise else None)
+        self.statistics.append((x.shape, mean.detach(), invstd.detach()) if precise else None)
         return y
 
 

@@ -24,7 +24,7 @@ _WITH_DROPOUT = (nn.RNNBase, nn.Transformer, nn.TransformerEncoderLayer, nn.Tran
 def may_draw(function: Function, held: Iterable[Held]) -> bool:
     """``held`` are the modules that the function uses."""
     for h in held:
-        if _is_quiet(type(h.module)):  # type: ignore[arg-type]
+        if is_quiet(type(h.module)):  # type: ignore[arg-type]
             attributes = h.attributes
             if attributes["_forward_hooks"] or attributes["_forward_pre_hooks"] or "forward" in attributes:
                 return True
@@ -34,9 +34,19 @@ def may_draw(function: Function, held: Iterable[Held]) -> bool:
 
 
 @functools.cache
-def _is_quiet(cls: type) -> bool:
+def is_quiet(cls: type) -> bool:
+    """Whether it is a class of `torch.nn` that draws nothing, and attends to nothing."""
     known = cls.__module__.startswith("torch.nn.modules.") and not issubclass(cls, _WITH_DROPOUT)
     return known and not _DRAWING.search(cls.__name__.lower())
+
+
+def mentions_attention(function: Function) -> bool:
+    """Whether a region's code calls something of that name."""
+    if isinstance(function, After):
+        return mentions_attention(function.head) or mentions_attention(function.function)
+    if isinstance(function, Mixed):
+        return mentions_attention(function.function)
+    return isinstance(function, Bound) and "attention" in function.region.code.source.lower()
 
 
 def _code_may_draw(function: Function) -> bool:

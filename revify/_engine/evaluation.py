@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from revify._arguments import flattened, snapshot
-from revify._engine import batch_statistics, kept_outputs
+from revify._engine import batch_statistics, grad_mode, kept_outputs
 from revify._engine.batch_statistics import WORTHWHILE, Statistics
 from revify._engine.buffers import Buffers, of_module
 from revify._engine.draws import may_draw
@@ -123,7 +123,7 @@ class Evaluation:
         statistics = batch_statistics.Recording() if self._has_statistics(x) else None
         outputs = kept_outputs.Recording(keep) if keep else None
         with autocast_set(self.autocast), statistics or nullcontext(), outputs or nullcontext(), weights_not_shared():
-            output = run_on(self.function, self.operands, inputs)
+            output = self._as_the_second(inputs)
         self.statistics = [] if statistics is None else statistics.statistics
         self.tape = Tape() if outputs is None else outputs.tape()
         for h in self.held:
@@ -137,8 +137,22 @@ class Evaluation:
             for name, value in vars(self.held[i].module).items()
             if isinstance(value, Tensor) and value.is_floating_point() and held.get(name) is not value
         ]
+        for i, name in self._assigned:
+            vars(self.held[i].module)[name] = vars(self.held[i].module)[name].detach()
         if self._assigned:
             self._assigned = self._with_gradients(inputs)
+        return output
+
+    def _as_the_second(self, inputs: Sequence[Any]) -> Any:
+        """The output, made by the kernels that the second evaluation chooses."""
+        needed = grad_mode.is_needed(self.function, self.held)
+        if needed is False:
+            return run_on(self.function, self.operands, inputs)
+        watching = grad_mode.Watching() if needed is None else None
+        with torch.enable_grad(), watching or nullcontext():
+            output = grad_mode.without_graph(run_on(self.function, self.operands, inputs))
+        if watching is not None:
+            grad_mode.note(self.function, watching.found)
         return output
 
     def _with_gradients(self, inputs: Sequence[Any]) -> list[tuple[int, str]]:

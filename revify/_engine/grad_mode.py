@@ -1,0 +1,64 @@
+"""Whether the first evaluation of a branch must see gradients enabled, as the second one does.
+
+Inside an autograd function they are off, and some operations choose their kernel by that: attention with a mask that
+requires a gradient (a learned bias) has a fused kernel without gradients, and another one with them, whose last bits
+differ. `nn.MultiheadAttention` and the layers of `nn.Transformer` have another path in eval mode. A branch that may
+attend is watched in its first evaluation, with gradients enabled; those that need it have them from then on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+from weakref import WeakKeyDictionary
+
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from revify._arguments import mapped
+from revify._engine.draws import is_quiet, mentions_attention
+from revify._engine.region import Function
+from revify._engine.stand_ins import Held
+
+
+class Watching(TorchFunctionMode):
+    """Notes whether a mask that requires a gradient is handed to attention."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found = False
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if "attention" in getattr(function, "__name__", ""):
+            masks = [*args[3:4], kwargs.get("attn_mask")]
+            self.found = self.found or any(isinstance(x, Tensor) and x.requires_grad for x in masks)
+        return function(*args, **kwargs)
+
+
+def is_needed(function: Function, held: Sequence[Held]) -> bool | None:
+    """None where nothing is known of the function yet."""
+    if any(isinstance(h.module, _WITH_ANOTHER_PATH) and not h.training for h in held):
+        return True
+    key = getattr(function, "region", function)
+    if key not in _known:
+        quiet = all(is_quiet(type(h.module)) for h in held)  # type: ignore[arg-type]
+        if not quiet or mentions_attention(function):
+            return None
+        _known[key] = False
+    return _known[key]
+
+
+def note(function: Function, needed: bool) -> None:
+    _known[getattr(function, "region", function)] = needed
+
+
+def without_graph(result: Any) -> Any:
+    """What a function returned, let go of the graph that made it."""
+    if isinstance(result, Tensor):
+        return result.detach()
+    return mapped(lambda x: x.detach() if isinstance(x, Tensor) else x, result)
+
+
+_WITH_ANOTHER_PATH = (nn.MultiheadAttention, nn.TransformerEncoderLayer, nn.TransformerEncoder)
+_known: WeakKeyDictionary[Any, bool] = WeakKeyDictionary()
