@@ -26,7 +26,7 @@ class Biased(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = self.qkv(self.norm(x)).unflatten(-1, (3, 2, -1)).permute(2, 0, 3, 1, 4)
-        bias = self.bias[self.index].permute(2, 0, 1)
+        bias = self.bias[self.index].permute(2, 0, 1)[None]  # as timm has it
         return self.out(F.scaled_dot_product_attention(q, k, v, bias).transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
 
 
@@ -40,7 +40,7 @@ class Block(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         f = self.f
         q, k, v = f.qkv(f.norm(x)).unflatten(-1, (3, 2, -1)).permute(2, 0, 3, 1, 4)
-        bias = f.bias[f.index].permute(2, 0, 1)
+        bias = f.bias[f.index].permute(2, 0, 1)[None]
         return x + f.out(F.scaled_dot_product_attention(q, k, v, attn_mask=bias).transpose(1, 2).flatten(2))
 
 
