@@ -123,3 +123,15 @@ def test_branches_that_do_not_attend_are_evaluated_without_gradients() -> None:
     for _ in range(2):
         step(chain, x)
     assert modes == [True, True, False, True]  # watched once
+
+
+def test_whoever_counts_what_is_saved_sees_the_same_each_time() -> None:
+    chain, x = ReversibleChain([Biased() for _ in range(3)]), torch.randn(6, 8, 16, requires_grad=True)
+
+    def saved() -> int:
+        tensors: list[Any] = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: tensors.append(t.shape) or t, lambda t: t):
+            chain(x, x)
+        return len(tensors)
+
+    assert saved() == saved() == saved()

@@ -149,7 +149,7 @@ class Evaluation:
         if needed is False:
             return run_on(self.function, self.operands, inputs)
         watching = grad_mode.Watching() if needed is None else None
-        with torch.enable_grad(), watching or nullcontext():
+        with torch.enable_grad(), grad_mode.nothing_saved(), watching or nullcontext():
             output = grad_mode.without_graph(run_on(self.function, self.operands, inputs))
         if watching is not None:
             grad_mode.note(self.function, watching.found)

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 from weakref import WeakKeyDictionary
 
+import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
@@ -51,6 +52,11 @@ def is_needed(function: Function, held: Sequence[Held]) -> bool | None:
 
 def note(function: Function, needed: bool) -> None:
     _known[getattr(function, "region", function)] = needed
+
+
+def nothing_saved() -> torch.autograd.graph.saved_tensors_hooks:
+    """For a graph that nobody goes back through: it keeps nothing, and whoever counts what is saved does not see it."""
+    return torch.autograd.graph.saved_tensors_hooks(lambda x: None, lambda nothing: nothing)
 
 
 def without_graph(result: Any) -> Any:
