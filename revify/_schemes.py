@@ -111,7 +111,8 @@ class Recurrence(Scheme):
     Args:
         a: not 0. In the exact mode an odd number over a power of two, such as 0.75: for a denominator of 2^s, s bits
             of each value are kept for each update, without which the past could not be told.
-        b, c: any finite numbers.
+        b: any finite number.
+        c: any finite number.
 
     Raises:
         RevifyError: a is 0, or a number is not finite.
