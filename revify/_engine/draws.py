@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 from torch import nn
 
@@ -30,7 +30,7 @@ def may_draw(function: Function, held: Iterable[Held]) -> bool:
                 return True
         elif not isinstance(h.module, nn.modules.dropout._DropoutNd) or h.module.p > 0:
             return True
-    return _code_may_draw(function)
+    return any(map(_source_may_draw, _codes(function)))
 
 
 @functools.cache
@@ -42,19 +42,17 @@ def is_quiet(cls: type) -> bool:
 
 def mentions_attention(function: Function) -> bool:
     """Whether a region's code calls something of that name."""
-    if isinstance(function, After):
-        return mentions_attention(function.head) or mentions_attention(function.function)
-    if isinstance(function, Mixed):
-        return mentions_attention(function.function)
-    return isinstance(function, Bound) and "attention" in function.region.code.source.lower()
+    return any("attention" in code.source.lower() for code in _codes(function))
 
 
-def _code_may_draw(function: Function) -> bool:
+def _codes(function: Function) -> Iterator[Code]:
+    """The code of the regions that a function is made of."""
     if isinstance(function, After):
-        return _code_may_draw(function.head) or _code_may_draw(function.function)
-    if isinstance(function, Mixed):
-        return _code_may_draw(function.function)
-    return isinstance(function, Bound) and _source_may_draw(function.region.code)
+        yield from _codes(function.head)
+    if isinstance(function, (After, Mixed)):
+        yield from _codes(function.function)
+    if isinstance(function, Bound):
+        yield function.region.code
 
 
 def _source_may_draw(code: Code) -> bool:

@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 
 from revify._arguments import mapped
 from revify._engine.draws import is_quiet, mentions_attention
-from revify._engine.region import Function
+from revify._engine.region import After, Function
 from revify._engine.stand_ins import Held
 
 
@@ -41,7 +41,7 @@ def is_needed(function: Function, held: Sequence[Held]) -> bool | None:
     """None where nothing is known of the function yet."""
     if any(isinstance(h.module, _WITH_ANOTHER_PATH) and not h.training for h in held):
         return True
-    key = getattr(function, "region", function)
+    key = _key(function)
     if key not in _known:
         quiet = all(is_quiet(type(h.module)) for h in held)  # type: ignore[arg-type]
         if not quiet or mentions_attention(function):
@@ -51,7 +51,14 @@ def is_needed(function: Function, held: Sequence[Held]) -> bool | None:
 
 
 def note(function: Function, needed: bool) -> None:
-    _known[getattr(function, "region", function)] = needed
+    _known[_key(function)] = needed
+
+
+def _key(function: Function) -> Any:
+    """What lasts from step to step. Heads, which are activations and norms, do not attend."""
+    while isinstance(function, After):
+        function = function.function
+    return getattr(function, "region", function)
 
 
 def nothing_saved() -> torch.autograd.graph.saved_tensors_hooks:
