@@ -1,4 +1,4 @@
-"""Ten thousand updates: exact to the bit, and in the memory of ten."""
+"""The paper's networks, and ten thousand updates: exact to the bit, and in the memory of ten."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import revify
-from revify import ReversibleChain
+from revify import ReversibleChain, models
 
 DEEP, SHALLOW = 10_000, 10
 
@@ -27,6 +27,19 @@ def step(chain: nn.Module, x: Tensor, autocast: bool = False) -> list[Tensor]:
     gradients = [p.grad for p in (leaf, *chain.parameters())]
     assert all(g is not None and g.count_nonzero() for g in gradients)
     return [y1, y2, *(g for g in gradients if g is not None)]
+
+
+NETWORKS = {"revnet110": 32, "revnet38": 32, "revnet164": 32, "revnet56": 64, "revnet104": 64}  # pixels
+OTHERS = [pytest.param(name, marks=pytest.mark.slow) for name in NETWORKS if name != "revnet110"]
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("name", ["revnet110", *OTHERS])
+def test_the_papers_networks_are_exact(name: str, autocast: bool) -> None:
+    model = getattr(models, name)()
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        result = revify.verify(model, torch.randn(2, 3, NETWORKS[name], NETWORKS[name]))
+    assert (result.ok, result.reconstruction_exact, result.gradients_exact) == (True, True, True), result
 
 
 @pytest.mark.slow
