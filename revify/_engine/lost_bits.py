@@ -9,10 +9,10 @@ MOST = 8  # bits; of more, the value itself is no larger
 
 
 def packed(values: Tensor, bits: int) -> Tensor:
-    """``values`` (whole, from 0 to 2^bits - 1, of any shape) in as few bytes as 1, 2, 4 or 8 bits a value take; one
+    """``values`` (bytes, from 0 to 2^bits - 1, of any shape) in as few bytes as 1, 2, 4 or 8 bits a value take; one
     dimension. Its opposite is `unpacked`."""
     width = _width(bits)
-    flat = values.flatten().to(torch.uint8)
+    flat = values.flatten()
     share = 8 // width
     length = -(-flat.numel() // share)
     if flat.numel() < share * length:
