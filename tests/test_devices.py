@@ -236,8 +236,9 @@ def test_the_tape_keeps_what_attention_returns(kernel: str) -> None:
 
     fake = FakeTensorMode()
     f = Evaluation(hollow_copy(Attention(kernel).half(), "cuda", fake))
-    with fake, torch.no_grad():
-        f.first(torch.empty(x.shape, dtype=x.dtype, device="cuda"), keep=(1,))
+    for keep in ((), (1,)):  # the first time the branch is watched, with gradients enabled
+        with fake, torch.no_grad():
+            f.first(torch.empty(x.shape, dtype=x.dtype, device="cuda"), keep=keep)
     outputs = f.tape.take_outputs()
     y, sums = outputs[:2]
     assert isinstance(y, Tensor)
