@@ -23,6 +23,9 @@ def kept_bytes(forward: Callable[[], Any], exclude: Iterable[Tensor] = ()) -> in
         forward: runs the forward pass and returns its result, a loss for instance.
         exclude: tensors whose storages do not count: the model's parameters and inputs, as a rule.
 
+    Returns:
+        Bytes.
+
     Raises:
         RevifyError: ``forward`` is not callable.
     """
@@ -63,6 +66,9 @@ def peak_bytes(step: Callable[[], Any], device: torch.device | str | None = None
     Args:
         step: runs one training step.
         device: where the step computes; None is the CPU.
+
+    Returns:
+        Bytes.
     """
     device = torch.device(device or "cpu")
     if device.type == "cpu":

@@ -28,6 +28,9 @@ class Numbers:
     """Those of one update.
 
     Attributes:
+        a: of the value before the last, x[n-1].
+        b: of the last, x[n].
+        c: of the branch, f(x[n]).
         size: the magnitude of a, where it is a number of each sample; without it every value is kept.
     """
 
@@ -43,6 +46,7 @@ class Numbers:
 
     @property
     def magnitude(self) -> float:
+        """That of a; 0 where nothing is known of it."""
         return float(self.size or 0.0) if isinstance(self.a, Tensor) else float(abs(self.a))
 
     @property
@@ -78,16 +82,40 @@ class Scheme:
     )
 
     def numbers(self, first: bool, training: bool, draw: Tensor | None = None) -> Numbers:
-        """Those of an update; ``first``: of a run, where both values are the same; ``draw``: what `draw` gave."""
+        """The numbers of an update.
+
+        Args:
+            first: whether it is the first of a run, where both values are the same.
+            training: whether the model trains.
+            draw: what `draw` gave for it, shape (N, 1, ..., 1), or None.
+
+        Returns:
+            Its a, b and c: numbers, or tensors of the draw's shape.
+        """
         raise NotImplementedError
 
     def inverts(self, training: bool) -> bool:
-        """Whether updates can be inverted; otherwise each keeps the value that it replaces, and needs no grid."""
+        """Whether updates can be inverted; otherwise each keeps the value that it replaces, and needs no grid.
+
+        Args:
+            training: whether the model trains.
+
+        Returns:
+            True or False.
+        """
         return True
 
     def draw(self, x: Tensor, first: bool, training: bool) -> Tensor | None:
-        """The random numbers of an update, one of each sample of x (shape: N, 1, ..., 1), or None. They are kept for
-        the backward pass."""
+        """Draws the random numbers of an update, which are kept for the backward pass.
+
+        Args:
+            x: the value that the update reads, shape (N, ...).
+            first: whether the update is the first of a run.
+            training: whether the model trains.
+
+        Returns:
+            One for each sample, shape (N, 1, ..., 1), or None where the scheme draws none.
+        """
         return None
 
 

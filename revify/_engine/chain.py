@@ -82,8 +82,16 @@ class ReversibleChain(nn.Module):
         self.settings = Settings(scheme, exact, None if memory_budget is None else Budget(memory_budget), slices)
 
     def forward(self, x1: Tensor, x2: Tensor, *context: Any) -> tuple[Tensor, Tensor]:
-        """Maps the state (x1, x2) to (y1, y2). ``context`` is handed to every branch after its stream, and gets
-        its gradients."""
+        """Maps the state (x1, x2) to (y1, y2).
+
+        Args:
+            x1: the stream that is updated first.
+            x2: the other one, of the same shape.
+            *context: what every branch is handed after its stream; tensors among it get their gradients.
+
+        Returns:
+            The streams after the last update, of the same shape.
+        """
         state = State.of(self.settings, _NAME, x1, x2, self.training, len(self.steps))
         for step in self.steps:
             state.identity(step.name, step.branch, context, through=step)
@@ -96,6 +104,14 @@ class ReversibleChain(nn.Module):
         grid). Changes no buffer.
         Branches that draw random numbers (dropout in training) have no inverse outside of the backward pass, and no
         more has a scheme whose numbers are drawn, or whose a is 0.
+
+        Args:
+            y1: what `forward` returned first.
+            y2: what it returned second.
+            *context: what `forward` was given besides.
+
+        Returns:
+            The streams before the first update, of the same shape.
 
         Raises:
             RevifyError: the scheme has no inverse here.
@@ -135,7 +151,17 @@ BLOCK = "_revify"  # the attribute under which a converted block holds what it r
 @contextmanager
 def store_activations(model: nn.Module) -> Iterator[None]:
     """Inside it ``model`` runs by plain autograd, which stores every activation: the same function, the same
-    gradients, the memory of an ordinary network. The reference that reversible training is compared with."""
+    gradients, the memory of an ordinary network. The reference that reversible training is compared with.
+
+    Args:
+        model: what `convert` returned, or any module that holds such a model or a `ReversibleChain`.
+
+    Returns:
+        A context manager.
+
+    Raises:
+        RevifyError: the model holds nothing that is reversible.
+    """
     if not isinstance(model, nn.Module):
         raise RevifyError(f"model must be a torch.nn.Module, got {type(model).__name__}.")
     held = settings_of(model)

@@ -148,7 +148,21 @@ def _check(units: Sequence[int], widths: Sequence[int], num_classes: int, stem: 
 def cifar_resnet(
     depth: int, num_classes: int = 10, *, widths: Sequence[int] = (16, 16, 32, 64), bottleneck: bool = False
 ) -> ResNet:
-    """A CIFAR ResNet of three equal stages: ``depth`` is 6 n + 2, or 9 n + 2 with ``bottleneck``."""
+    """A CIFAR ResNet of three equal stages.
+
+    Args:
+        depth: the number of layers: 6 n + 2, or 9 n + 2 with ``bottleneck``, for n units a stage.
+        num_classes: the length of the logits.
+        widths: the channels of the stem, then of each stage; with ``bottleneck`` a stage's output has four times as
+            many.
+        bottleneck: units of 1x1, 3x3 and 1x1 convolutions instead of two 3x3 convolutions.
+
+    Returns:
+        A network of images ``(N, 3, H, W)``, in the paper 32 pixels wide, to logits ``(N, num_classes)``.
+
+    Raises:
+        RevifyError: there is no such depth.
+    """
     layers = 9 if bottleneck else 6
     count, rest = divmod(depth - 2, layers)
     if rest or count < 1:
@@ -157,20 +171,48 @@ def cifar_resnet(
 
 
 def resnet32(num_classes: int = 10) -> ResNet:
-    """The paper's ResNet-32 for CIFAR: 5-5-5 units, 464,154 parameters with 10 classes."""
+    """The paper's ResNet-32 for CIFAR: 5-5-5 units, 464,154 parameters with 10 classes.
+
+    Args:
+        num_classes: the length of the logits.
+
+    Returns:
+        A network of images ``(N, 3, H, W)``, in the paper 32 pixels wide, to logits ``(N, num_classes)``.
+    """
     return cifar_resnet(32, num_classes)
 
 
 def resnet110(num_classes: int = 10) -> ResNet:
-    """The paper's ResNet-110 for CIFAR: 18-18-18 units, 1,727,962 parameters with 10 classes."""
+    """The paper's ResNet-110 for CIFAR: 18-18-18 units, 1,727,962 parameters with 10 classes.
+
+    Args:
+        num_classes: the length of the logits.
+
+    Returns:
+        A network of images ``(N, 3, H, W)``, in the paper 32 pixels wide, to logits ``(N, num_classes)``.
+    """
     return cifar_resnet(110, num_classes)
 
 
 def resnet164(num_classes: int = 10) -> ResNet:
-    """The paper's ResNet-164 for CIFAR: 18-18-18 bottleneck units, 1,703,258 parameters with 10 classes."""
+    """The paper's ResNet-164 for CIFAR: 18-18-18 bottleneck units, 1,703,258 parameters with 10 classes.
+
+    Args:
+        num_classes: the length of the logits.
+
+    Returns:
+        A network of images ``(N, 3, H, W)``, in the paper 32 pixels wide, to logits ``(N, num_classes)``.
+    """
     return cifar_resnet(164, num_classes, bottleneck=True)
 
 
 def resnet101(num_classes: int = 1000) -> ResNet:
-    """The paper's ResNet-101 for ImageNet: 3-4-23-3 bottleneck units, 44,541,480 parameters with 1,000 classes."""
+    """The paper's ResNet-101 for ImageNet: 3-4-23-3 bottleneck units, 44,541,480 parameters with 1,000 classes.
+
+    Args:
+        num_classes: the length of the logits.
+
+    Returns:
+        A network of images ``(N, 3, H, W)``, in the paper 224 pixels wide, to logits ``(N, num_classes)``.
+    """
     return ResNet((3, 4, 23, 3), (64, 64, 128, 256, 512), num_classes, bottleneck=True, stem="imagenet")
