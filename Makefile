@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.installed
 ARGS ?=
 
-.PHONY: test test-all mutants demo zoo bench docs clean
+.PHONY: test test-all mutants demo zoo bench docs release clean
 
 test: $(READY)  ## The gate: formatting, lint, types, tests, documentation.
 	$(BIN)/python -m ruff format --check .
@@ -34,6 +34,15 @@ bench: $(READY)  ## Time and memory of a step, by each engine; writes docs/bench
 
 docs: $(READY)  ## The documentation, in site/.
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
+release: $(READY)  ## Wheel and sdist in dist/; the README's first block with the wheel, in a fresh environment.
+	rm -rf dist build/fresh
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check build
+	$(BIN)/python -m build --outdir dist .
+	$(PYTHON) -m venv build/fresh
+	build/fresh/bin/python -m pip install --quiet --disable-pip-version-check "$$(ls dist/*.whl)[vision]"
+	sed -n '/^```python$$/,/^```$$/{/^```/!p}' README.md > build/first_block.py
+	cd build && fresh/bin/python first_block.py && fresh/bin/revify explain resnet18
 
 clean:
 	rm -rf $(VENV) site build dist demo-output .pytest_cache .mypy_cache .ruff_cache .hypothesis
