@@ -7,11 +7,12 @@
 ``images/`` holds ``train/CLASS/*`` and ``test/CLASS/*``; the text is cut into characters. A plain network is trained
 for ``--steps`` steps and converted by each scheme. Told are its figure of merit (accuracy, or loss in nats) before any
 training, after the batch norms' statistics were taken again, and after a tenth and a third of the steps of fine-tuning
-at a tenth of the learning rate, beside the plain network fine-tuned alike; then networks trained from
-scratch. Dr2 is led from a = 1/4 to a = 1/2 in the course of the fine-tuning. Every run sees the same batches.
+at a tenth of the learning rate, beside the plain network fine-tuned alike; then networks trained from scratch. After
+fine-tuning all take the batch norms' statistics again, plain ones too. Dr2 is led from a = 1/4 to a = 1/2 in the course
+of the fine-tuning. Every run sees the same batches.
 
-``--seeds`` repeats all of it. Results are printed, and written as JSON to ``--output``. Needs
-``pip install "revify[vision,demo]"``.
+``--seeds`` repeats all of it, ``--schemes`` names those to try. Results are printed, and written as JSON to
+``--output``. Needs ``pip install "revify[vision,demo]"``.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import argparse
 import json
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -209,7 +210,17 @@ def fine_tuned(task: Task, trained: nn.Module, scheme: revify.Scheme | None, ste
     for _ in train(task, model, steps, task.rate / 10, seed + 1):
         if numbers is not None:
             numbers.step()
+    recalibrate(task, model, seed)
     return task.test(model)
+
+
+def recalibrate(task: Task, model: nn.Module, seed: int) -> bool:
+    """Whether there are batch norms."""
+    if not any(isinstance(m, nn.BatchNorm2d) for m in model.modules()):
+        return False
+    generator = torch.Generator().manual_seed(seed)
+    revify.recalibrate(model, [task.sample(generator)[0] for _ in range(20)])
+    return True
 
 
 def kept(task: Task, model: nn.Module) -> int:
@@ -217,19 +228,18 @@ def kept(task: Task, model: nn.Module) -> int:
     return revify.kept_bytes(lambda: task.loss(model, x, y), exclude=list(model.parameters()))
 
 
-def study(task: Task, steps: int, seed: int, scratch: bool) -> dict[str, dict[str, float]]:
+def study(task: Task, schemes: Sequence[str], steps: int, seed: int, scratch: bool) -> dict[str, dict[str, float]]:
     torch.manual_seed(seed)
     trained = task.make()
     start = {name: value.clone() for name, value in trained.state_dict().items()}
     for _ in train(task, trained, steps, task.rate, seed):
         pass
     found: dict[str, dict[str, float]] = {}
-    for name, scheme in SCHEMES.items():
+    for name in schemes:
+        scheme = SCHEMES[name]
         row = found[name] = {"converted": task.test(converted(trained, scheme))}
-        if scheme is not None and any(isinstance(m, nn.BatchNorm2d) for m in trained.modules()):
-            model = converted(trained, scheme)
-            generator = torch.Generator().manual_seed(seed)
-            revify.recalibrate(model, [task.sample(generator)[0] for _ in range(20)])
+        model = converted(trained, scheme)
+        if scheme is not None and recalibrate(task, model, seed):
             row["recalibrated"] = task.test(model)
         for share in (10, 3):
             began = time.perf_counter()
@@ -268,6 +278,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--data", required=True, help="a text, or a folder of images")
     parser.add_argument("--steps", type=int, default=1000, help="of the plain network (%(default)s)")
     parser.add_argument("--seeds", type=int, default=3, help="how many (%(default)s)")
+    parser.add_argument("--schemes", nargs="+", choices=list(SCHEMES), default=list(SCHEMES), help="(all)")
     parser.add_argument("--no-scratch", action="store_true", help="train no converted networks from scratch")
     parser.add_argument("--output", type=Path, help="a JSON file")
     parser.add_argument("--threads", type=int, help="of a CPU")
@@ -275,7 +286,9 @@ def main(arguments: list[str] | None = None) -> None:
     if options.threads:
         torch.set_num_threads(options.threads)
     task = TASKS[options.task](options.data)
-    results: list[Any] = [study(task, options.steps, seed, not options.no_scratch) for seed in range(options.seeds)]
+    results: list[Any] = [
+        study(task, options.schemes, options.steps, seed, not options.no_scratch) for seed in range(options.seeds)
+    ]
     print(f"\n{options.task}, {options.steps} steps, {options.seeds} seeds; {task.metric}\n\n{table(results)}")
     if options.output:
         options.output.write_text(
