@@ -1,9 +1,11 @@
-"""Measuring memory: what a forward pass keeps for the backward pass, and the peak of a whole step."""
+"""Measuring: what a forward pass keeps for the backward pass, the peak of a whole step, and its time."""
 
 from __future__ import annotations
 
+import statistics
+import time
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -77,6 +79,27 @@ def peak_bytes(step: Callable[[], Any], device: torch.device | str | None = None
     step()
     module.synchronize(device)
     return int(module.max_memory_allocated(device) - before)
+
+
+def median_seconds(
+    steps: Sequence[Callable[[], Any]], rounds: int, device: torch.device | str | None = None
+) -> list[float]:
+    """The median time of each of the steps, which are run in turn, once a round."""
+    device = torch.device(device or "cpu")
+    times: list[list[float]] = [[] for _ in steps]
+    for _ in range(rounds):
+        for step, measured in zip(steps, times, strict=True):
+            _wait(device)
+            begin = time.perf_counter()
+            step()
+            _wait(device)
+            measured.append(time.perf_counter() - begin)
+    return [statistics.median(measured) for measured in times]
+
+
+def _wait(device: torch.device) -> None:
+    if device.type != "cpu":
+        torch.get_device_module(device).synchronize(device)
 
 
 @dataclass(eq=False)
