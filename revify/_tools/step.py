@@ -18,6 +18,7 @@ from torch._subclasses.fake_tensor import (
 from torch.utils._pytree import tree_leaves
 
 from revify._analysis.blame import place
+from revify._analysis.observe import random_numbers_kept
 from revify._engine.chain import settings_of
 from revify._errors import RevifyError
 from revify._measure import Life, Storages
@@ -49,6 +50,14 @@ def check_step(model: nn.Module, loss: Loss | None, autocast: torch.dtype | None
         raise RevifyError(f"loss must be a function of the model's result or None, got {type(loss).__name__}.")
 
 
+def check_unused(options: dict[str, Any]) -> None:
+    """Raises where options of a conversion come with a model that has been converted."""
+    if options:
+        raise RevifyError(
+            f"model is converted already: leave out {', '.join(options)}, or pass the model it was made from."
+        )
+
+
 def run_step(
     model: nn.Module,
     inputs: Any,
@@ -74,6 +83,14 @@ def run_step(
     given = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
     lives = (storages.life(x.grad) for x in chain(parameters, given) if x.grad is not None)
     return Step(turn, frozenset(life for life in lives if life is not None), _bytes(parameters), _bytes(given))
+
+
+@contextmanager
+def random_state_kept() -> Iterator[None]:
+    """Puts the random state of Python, NumPy and PyTorch back, on every device."""
+    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
+    with random_numbers_kept(), torch.random.fork_rng(devices):
+        yield
 
 
 def objective_of(result: Any, loss: Loss | None) -> Tensor:
