@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -81,10 +80,10 @@ def peak_bytes(step: Callable[[], Any], device: torch.device | str | None = None
     return int(module.max_memory_allocated(device) - before)
 
 
-def median_seconds(
+def times_in_turn(
     steps: Sequence[Callable[[], Any]], rounds: int, device: torch.device | str | None = None
-) -> list[float]:
-    """The median time of each of the steps, which are run in turn, once a round."""
+) -> list[list[float]]:
+    """Of each of the steps its seconds in each round; in a round every step is run once."""
     device = torch.device(device or "cpu")
     times: list[list[float]] = [[] for _ in steps]
     for _ in range(rounds):
@@ -94,7 +93,7 @@ def median_seconds(
             step()
             _wait(device)
             measured.append(time.perf_counter() - begin)
-    return [statistics.median(measured) for measured in times]
+    return times
 
 
 def _wait(device: torch.device) -> None:

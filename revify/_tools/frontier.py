@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import functools
+import statistics
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from operator import truediv
 from typing import Any
 
 import torch
@@ -18,7 +20,7 @@ from revify._analysis.report import Report
 from revify._arguments import arguments, fresh
 from revify._conversion.convert import check_plain, convert, report
 from revify._errors import RevifyError
-from revify._measure import median_seconds, peak_bytes
+from revify._measure import peak_bytes, times_in_turn
 from revify._tools.estimate import device_of
 from revify._tools.step import Loss, check_step, objective_of, random_state_kept
 
@@ -29,13 +31,13 @@ class Way:
     name: what is done.
     family: "plain", "converted", "budget" or "checkpoint".
     peak: bytes that a step makes and holds at a time, as `peak_bytes` counts.
-    seconds: the median time of a step.
+    ratio: the time of a step over that of the plain step in the same round; the median of the rounds.
     """
 
     name: str
     family: str
     peak: int
-    seconds: float
+    ratio: float
 
 
 def ways(
@@ -66,9 +68,10 @@ def ways(
             for _ in range(2):  # a budget is spent from the second step on; libraries allocate at their first use
                 step()
         peaks = [_peak(step, copied, device) for step, (*_, copied) in zip(steps, models, strict=True)]
-        times = median_seconds(steps, rounds, device)
-    found = zip(models, peaks, times, strict=True)
-    return [Way(name, family, peak, seconds) for (name, family, _), peak, seconds in found]
+        times = times_in_turn(steps, rounds, device)
+    ratios = [statistics.median(map(truediv, measured, times[0])) for measured in times]
+    found = zip(models, peaks, ratios, strict=True)
+    return [Way(name, family, peak, ratio) for (name, family, _), peak, ratio in found]
 
 
 def _models(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import statistics
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from revify._conversion.convert import convert
-from revify._measure import kept_bytes, median_seconds, peak_bytes
+from revify._measure import kept_bytes, peak_bytes, times_in_turn
 from revify._table import megabytes, table
 from revify.demo import pictures
 from revify.demo.data import Images, digits, image_folder, normalize
@@ -74,7 +75,7 @@ def run(
     x = normalize(images.train_images[:batch_size], images.train_images.float().mean(0))
     y = images.train_labels[:batch_size]
     kept = {name: _kept_by_depth(name == "converted", x, y, len(images.classes)) for name in ("ResNet", "converted")}
-    times = median_seconds([step_of(model, x, y) for model in networks.values()], rounds=15)
+    times = times_in_turn([step_of(model, x, y) for model in networks.values()], rounds=15)
     results = [
         Result(
             sum(p.numel() for p in model.parameters()),
@@ -82,7 +83,7 @@ def run(
             _kept(model, x, y),
             kept["converted" if name == "converted" else "ResNet"][DEEP],
             _peak(_network(DEEP, len(images.classes), name == "converted"), x, y),
-            time,
+            statistics.median(time),
         )
         for (name, model), time in zip(networks.items(), times, strict=True)
     ]

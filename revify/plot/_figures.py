@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from revify._errors import RevifyError
 
 BLUE, ORANGE, GREEN, PURPLE, GREY, RED = "#4477aa", "#dd8844", "#228833", "#aa3377", "#777777", "#cc3344"
-_DPI = 160
+_DPI = 144
 
 
 class Picture(Figure):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -32,8 +33,9 @@ def frontier(
     with memory budgets, and with checkpointing (`torch.utils.checkpoint`) of each module that holds converted units.
 
     Memory is the peak as `peak_bytes` counts it: what the step makes, gradients included; not parameters and inputs.
-    Time is the median over some rounds, in which the ways take turns. Everything runs in train mode on copies, one for
-    each way; parameters, gradients, buffers and the random state of ``model`` are left as they were.
+    Time is a step's over that of the plain step in the same round, in which the ways take turns; the median of the
+    rounds. Everything runs in train mode on copies, one for each way; parameters, gradients, buffers and the random
+    state of ``model`` are left as they were.
 
     Args:
         model: a residual network, not converted yet.
@@ -56,15 +58,14 @@ def frontier(
     written = checked_path(path)
     found = ways(model, inputs, budgets=budgets, rounds=rounds, loss=loss, autocast=autocast, **options)
     plain, converted = found[:2]
-    points = [Point(way.name, way.family, way.peak / 1e6, way.seconds / plain.seconds) for way in found]
+    points = [Point(way.name, way.family, way.peak / 1e6, way.ratio) for way in found]
     figure = picture(5, 3.6)
     axes = figure.subplots()
     scatter(axes, points, _COLOURS)
     axes.set_xlim(left=0)
     axes.set(xlabel="peak memory of a step (MB)", ylabel="time of a step (as it is: 1)")
-    less, more = converted.peak / plain.peak, converted.seconds / plain.seconds
-    axes.set_title(
-        f"{type(model).__name__}: {100 * less:.0f} % of the memory, {more:.2f} times the time", fontsize=10.5
-    )
+    less, more = converted.peak / plain.peak, converted.ratio
+    title = f"{type(model).__name__}, converted: {100 * less:.0f} % of the memory, {more:.2f} times the time"
+    axes.set_title(textwrap.fill(title, 62), fontsize=10)
     label(figure, axes, points, _COLOURS, size=9)
     return finished(figure, written)

@@ -64,7 +64,7 @@ def label(figure: Figure, axes: Axes, points: Sequence[Point], colours: Mapping[
             label.set_in_layout(False)
             label.update_positions(renderer)
             box = Text.get_window_extent(label)  # without the line to the point
-            inside = all(axes.bbox.contains(*corner) for corner in (box.p0, box.p1))
+            inside = all(axes.bbox.padded(-3).contains(*corner) for corner in (box.p0, box.p1))
             if (inside and not any(box.overlaps(other) for other in taken)) or (rise, (side, shift)) == places[-1]:
                 taken.append(box)
                 break

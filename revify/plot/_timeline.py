@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -55,7 +56,7 @@ def memory_timeline(
     """
     written = checked_path(path)
     plain, reversible = timelines(model, inputs, loss=loss, autocast=autocast, **options)
-    names = ("activations stored", "reversible") if settings_of(model) else ("as it is", "converted")
+    names = ("stored", "reversible") if settings_of(model) else ("as it is", "converted")
     return finished(draw(type(model).__name__, dict(zip(names, (plain, reversible), strict=True))), written)
 
 
@@ -71,7 +72,8 @@ def draw(model: str, steps: dict[str, Timeline]) -> Figure:
     figure.legend(
         *panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False, fontsize=9
     )
-    figure.suptitle(f"{model}: peak of a step {megabytes(peaks[1])} instead of {megabytes(peaks[0])}", fontsize=10.5)
+    title = f"{model}: peak of a step {megabytes(peaks[1])} instead of {megabytes(peaks[0])}"
+    figure.suptitle(textwrap.fill(title, 62), fontsize=10)
     return figure
 
 
@@ -91,8 +93,9 @@ def _panel(axes: Axes, name: str, step: Timeline) -> None:
             ha="center", va="top", fontsize=9, color="#666666",
         )  # fmt: skip
     axes.set_xlim(0, count)
-    axes.set_title(name, loc="left", fontsize=10, fontweight="bold")
     peak = step.moments[step.peak]
-    where = f"{shortened(peak.module, 30)}, {peak.operation}" if peak.module else peak.operation
-    axes.set_title(f"{megabytes(peak.bytes)} at {where}", loc="right", fontsize=8.5)
+    operation = peak.operation if len(peak.operation) <= 20 else f"{peak.operation[:19]}…"
+    where = f"{shortened(peak.module, 31 - len(operation))}, {operation}" if peak.module else operation
+    axes.set_title(f"{name}: {megabytes(peak.bytes)}", loc="left", fontsize=10, fontweight="bold")
+    axes.set_title(where, loc="right", fontsize=8)
     axes.plot(step.peak + 0.5, peak.bytes / 1e6, "o", color="black", markersize=4, clip_on=False)
