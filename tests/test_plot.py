@@ -154,7 +154,7 @@ def test_a_model_that_reads_values_needs_some() -> None:
 
 
 def test_the_picture_of_a_step_says_both_peaks(tmp_path: Path) -> None:
-    model, x = models.cifar_resnet(8), torch.randn(2, 3, 16, 16)
+    model, x = models.cifar_resnet(8), torch.randn(8, 3, 16, 16)
     figure = plot.memory_timeline(model, x, path=tmp_path / "step.png")
     peaks = [f"{measured(m, x) / 1e6:.1f} MB" for m in (model, revify.convert(model))]
     said = words(figure)
@@ -177,6 +177,12 @@ def test_ways_to_train_are_counted_as_peak_bytes_counts() -> None:
     assert found[3].peak < found[0].peak
     assert found[0].ratio == 1
     assert all(way.ratio > 0 for way in found)
+
+
+def test_small_peaks_are_told_in_kilobytes() -> None:
+    peaks = [f"{peak(t) / 1e3:.1f} kB" for t in timelines(Blocks(), torch.zeros(2, 8))]
+    said = words(plot.memory_timeline(Blocks(), torch.zeros(2, 8)))
+    assert {f"as it is: {peaks[0]}", f"converted: {peaks[1]}", "memory (kB)"} <= set(said)
 
 
 def test_checkpointed_blocks_compute_the_same_and_keep_less() -> None:

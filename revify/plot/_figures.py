@@ -49,6 +49,11 @@ def finished(figure: Figure, path: Path | None) -> Figure:
     return figure
 
 
+def unit_for(largest: float) -> tuple[float, str]:
+    """The bytes of the unit in which such a number of bytes can be read, and its name."""
+    return (1e6, "MB") if largest >= 1e6 else (1e3, "kB")
+
+
 def shortened(text: str, length: int) -> str:
     """The end of a path, which says more than its beginning."""
     return text if len(text) <= length else f"…{text[1 - length :]}"

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from revify._tools.frontier import ways
-from revify.plot._figures import GREEN, ORANGE, checked_path, finished, picture
+from revify.plot._figures import GREEN, ORANGE, checked_path, finished, picture, unit_for
 from revify.plot._scatter import Point, label, scatter
 
 _COLOURS = {"plain": "#333333", "converted": GREEN, "budget": "#44aa66", "checkpoint": ORANGE}
@@ -58,12 +58,13 @@ def frontier(
     written = checked_path(path)
     found = ways(model, inputs, budgets=budgets, rounds=rounds, loss=loss, autocast=autocast, **options)
     plain, converted = found[:2]
-    points = [Point(way.name, way.family, way.peak / 1e6, way.ratio) for way in found]
+    size, unit = unit_for(max(way.peak for way in found))
+    points = [Point(way.name, way.family, way.peak / size, way.ratio) for way in found]
     figure = picture(5, 3.6)
     axes = figure.subplots()
     scatter(axes, points, _COLOURS)
     axes.set_xlim(left=0)
-    axes.set(xlabel="peak memory of a step (MB)", ylabel="time of a step (as it is: 1)")
+    axes.set(xlabel=f"peak memory of a step ({unit})", ylabel="time of a step (as it is: 1)")
     less, more = converted.peak / plain.peak, converted.ratio
     title = f"{type(model).__name__}, converted: {100 * less:.0f} % of the memory, {more:.2f} times the time"
     axes.set_title(textwrap.fill(title, 62), fontsize=10)

@@ -15,33 +15,33 @@ from matplotlib.transforms import Bbox
 
 @dataclass(frozen=True)
 class Point:
-    """A way to train in the picture of time against memory; those of the family "budget" are joined."""
+    """A way to train in the picture of time against memory, in any unit; those of the family "budget" are joined."""
 
     name: str
     family: str
-    megabytes: float
+    memory: float
     ratio: float  # time over plain's
 
 
 def scatter(axes: Axes, points: Sequence[Point], colours: Mapping[str, str]) -> None:
     budgets = _budgets(points)
-    axes.plot([p.megabytes for p in budgets], [p.ratio for p in budgets], color=colours["budget"], zorder=1)
+    axes.plot([p.memory for p in budgets], [p.ratio for p in budgets], color=colours["budget"], zorder=1)
     for p in points:
-        axes.plot(p.megabytes, p.ratio, color=colours[p.family], marker="o", markersize=6, linestyle="")
+        axes.plot(p.memory, p.ratio, color=colours[p.family], marker="o", markersize=6, linestyle="")
     axes.margins(x=0.12, y=0.1)
     axes.grid(alpha=0.25, which="major")
 
 
 def _budgets(points: Sequence[Point]) -> list[Point]:
-    return sorted((p for p in points if p.family == "budget"), key=lambda p: p.megabytes)
+    return sorted((p for p in points if p.family == "budget"), key=lambda p: p.memory)
 
 
 def label(figure: Figure, axes: Axes, points: Sequence[Point], colours: Mapping[str, str], size: float = 8) -> None:
     """Names beside the points, each at the first place around its point where it covers nothing."""
     figure.draw_without_rendering()
     renderer = FigureCanvasAgg(figure).get_renderer()
-    dots = [axes.transData.transform((p.megabytes, p.ratio)) for p in points]
-    corners = [axes.transData.transform((p.megabytes, p.ratio)) for p in _budgets(points)]
+    dots = [axes.transData.transform((p.memory, p.ratio)) for p in points]
+    corners = [axes.transData.transform((p.memory, p.ratio)) for p in _budgets(points)]
     dots += [a + (b - a) * i / 20 for a, b in pairwise(corners) for i in range(20)]
     taken = [Bbox.from_bounds(x - 4, y - 4, 8, 8) for x, y in dots]
     sides = (("left", 8), ("right", -8), ("center", 0))
@@ -52,7 +52,7 @@ def label(figure: Figure, axes: Axes, points: Sequence[Point], colours: Mapping[
                 continue
             label = axes.annotate(
                 p.name,
-                (p.megabytes, p.ratio),
+                (p.memory, p.ratio),
                 (shift, rise),
                 textcoords="offset points",
                 ha=side,

@@ -13,9 +13,8 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from revify._engine.chain import settings_of
-from revify._table import megabytes
 from revify._tools.timeline import Timeline, timelines
-from revify.plot._figures import BLUE, ORANGE, checked_path, finished, picture, shortened
+from revify.plot._figures import BLUE, ORANGE, checked_path, finished, picture, shortened, unit_for
 
 
 def memory_timeline(
@@ -64,23 +63,25 @@ def draw(model: str, steps: dict[str, Timeline]) -> Figure:
     figure = picture(5, 4.4)
     panels = figure.subplots(2, 1, sharey=True)
     peaks = [step.moments[step.peak].bytes for step in steps.values()]
-    for axes, (name, step) in zip(panels, steps.items(), strict=True):
-        _panel(axes, name, step)
-    panels[0].set_ylim(0, 1.3 * max(peaks) / 1e6)  # room for what is written above
+    size, unit = unit_for(max(peaks))
+    said = [f"{peak / size:,.1f} {unit}" for peak in peaks]
+    for axes, (name, step), peak in zip(panels, steps.items(), said, strict=True):
+        _panel(axes, f"{name}: {peak}", step, size)
+    panels[0].set_ylim(0, 1.3 * max(peaks) / size)  # room for what is written above
     panels[1].set_xlabel("operations of the step, in order")
-    figure.supylabel("memory (MB)", fontsize=10)
+    figure.supylabel(f"memory ({unit})", fontsize=10)
     figure.legend(
         *panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False, fontsize=9
     )
-    title = f"{model}: peak of a step {megabytes(peaks[1])} instead of {megabytes(peaks[0])}"
+    title = f"{model}: peak of a step {said[1]} instead of {said[0]}"
     figure.suptitle(textwrap.fill(title, 62), fontsize=10)
     return figure
 
 
-def _panel(axes: Axes, name: str, step: Timeline) -> None:
+def _panel(axes: Axes, title: str, step: Timeline, size: float) -> None:
     count, places = len(step.moments), range(len(step.moments) + 1)
-    gradients = [moment.gradients / 1e6 for moment in step.moments]
-    held = [moment.bytes / 1e6 for moment in step.moments]
+    gradients = [moment.gradients / size for moment in step.moments]
+    held = [moment.bytes / size for moment in step.moments]
     axes.axvspan(step.forward, count, color="#eeeeee", linewidth=0)
     bottom, top = [*gradients, gradients[-1]], [*held, held[-1]]
     axes.fill_between(
@@ -96,6 +97,6 @@ def _panel(axes: Axes, name: str, step: Timeline) -> None:
     peak = step.moments[step.peak]
     operation = peak.operation if len(peak.operation) <= 20 else f"{peak.operation[:19]}…"
     where = f"{shortened(peak.module, 31 - len(operation))}, {operation}" if peak.module else operation
-    axes.set_title(f"{name}: {megabytes(peak.bytes)}", loc="left", fontsize=10, fontweight="bold")
+    axes.set_title(title, loc="left", fontsize=10, fontweight="bold")
     axes.set_title(where, loc="right", fontsize=8)
-    axes.plot(step.peak + 0.5, peak.bytes / 1e6, "o", color="black", markersize=4, clip_on=False)
+    axes.plot(step.peak + 0.5, peak.bytes / size, "o", color="black", markersize=4, clip_on=False)
