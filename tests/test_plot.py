@@ -48,6 +48,19 @@ class Blocks(nn.Module):
         return y
 
 
+class Unrolled(nn.Module):
+    """20 additions in one forward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(8, 8) for _ in range(20))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = x + layer(x).tanh()
+        return x
+
+
 class Encoder(nn.Module):
     """Of N x L x 32."""
 
@@ -240,9 +253,10 @@ def test_boxes_of_what_is_refused() -> None:
         (Encoder(3), SEQUENCES, ["Encoder: 6 units in 1 chain", "encoder.layers", "2"]),
         (Encoder(2, False), SEQUENCES, ["Encoder: nothing to convert, 4 refused", "post-norm x2"]),
         (Blocks(120), None, ["Blocks: 120 units in 1 chain", "blocks (120)"]),
+        (Unrolled(), None, ["Unrolled: 20 units in 1 chain", "(model)", "…"]),
         (nn.Linear(2, 2), None, ["Linear: nothing to convert, 1 refused", "(model)", "no-additions"]),
     ],
-    ids=["resnet", "transformer", "refused", "deep", "nothing"],
+    ids=["resnet", "transformer", "refused", "deep", "one block", "nothing"],
 )
 def test_the_picture_of_blocks(model: nn.Module, x: Tensor | None, said: list[str]) -> None:
     figure = plot.graph(model, x)

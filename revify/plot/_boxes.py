@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 
 from revify._analysis.report import Report
 
+_MOST = 8  # units in one box, and refusals
+
 
 @dataclass
 class Box:
@@ -43,7 +45,16 @@ def boxes_of(report: Report, modules: Sequence[str]) -> list[Box]:
     for refusal in report.refusals:
         box(_module(refusal.where, set(modules))).codes.append(refusal.code)
     order = {path: i for i, path in enumerate(modules)}
-    return [boxes[path] for path in sorted(boxes, key=lambda path: order.get(path, -1))]
+    return [part for path in sorted(boxes, key=lambda path: order.get(path, -1)) for part in _parts(boxes[path])]
+
+
+def _parts(box: Box) -> list[Box]:
+    """The box, or, where it holds more than can stand in one, several."""
+    count = max(len(box.units), len(box.codes))
+    starts = range(0, count, _MOST)
+    return [
+        Box(box.row, box.label if i == 0 else "…", box.units[i : i + _MOST], box.codes[i : i + _MOST]) for i in starts
+    ]
 
 
 def _module(where: str, modules: set[str]) -> str:
