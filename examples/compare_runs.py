@@ -13,8 +13,8 @@ import statistics
 from collections import defaultdict
 from pathlib import Path
 
-from revify import plot
 from revify._table import table
+from revify.demo import pictures
 
 
 def main() -> None:
@@ -31,7 +31,7 @@ def main() -> None:
         name: tuple([statistics.mean(values) for values in zip(*columns, strict=True)] for columns in _columns(runs))
         for name, runs in logs.items()
     }
-    plot.curves(means, options.picture, title=f"Mean of {min(map(len, logs.values()))} seeds", step="epoch")
+    pictures.curves(means, options.picture, title=f"Mean of {min(map(len, logs.values()))} seeds", step="epoch")
     rows = [("network", "test accuracy of each seed (%)", "mean", "images a second", "peak memory of the process (MB)")]
     for name, runs in logs.items():
         final = [100 * run[-1]["test_accuracy"] for run in runs]

@@ -33,7 +33,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import revify
-from revify import plot
+from revify.demo import pictures
 from revify.demo.data import Images, augment, cifar, image_folder, normalize
 
 STEPS, BATCH, RATE, MOMENTUM, DECAY = 80_000, 100, 0.1, 0.9, 2e-4
@@ -163,7 +163,7 @@ class Run:
         if not quiet:
             losses_and_accuracies = ([r["loss"] for r in self.rows], [r["test_accuracy"] for r in self.rows])
             path = self.folder / "curves.png"
-            plot.curves({self.options.model: losses_and_accuracies}, path, title=self.data.name, step="epoch")
+            pictures.curves({self.options.model: losses_and_accuracies}, path, title=self.data.name, step="epoch")
             print(f"test accuracy {self.rows[-1]['test_accuracy']:.2%}; log, picture and weights in {self.folder}")
 
     def train_step(self) -> Tensor:

@@ -1,5 +1,8 @@
 """Reversible residual networks, as a transform of ordinary ones."""
 
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from revify import models
 from revify._analysis.report import Report
 from revify._conversion.convert import convert, explain, report
@@ -14,6 +17,17 @@ from revify._tools.largest import Largest, largest_that_fits
 from revify._tools.recalibrate import recalibrate
 from revify._tools.schedule import Dr2Schedule
 from revify._tools.verify import Verification, verify
+
+if TYPE_CHECKING:
+    from revify import plot as plot
+else:
+
+    def __getattr__(name: str) -> Any:
+        """`revify.plot`, which is loaded where it is asked for, since it needs matplotlib."""
+        if name == "plot":
+            return importlib.import_module("revify.plot")
+        raise AttributeError(f"module 'revify' has no attribute {name!r}")
+
 
 __all__ = [
     "BDIA",

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 from revify._errors import RevifyError
 
@@ -102,8 +103,8 @@ def _value(kind: Any, values: Any) -> Any:
     return content
 
 
-def arguments(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """``example_inputs`` as positional and keyword arguments."""
+def arguments(example_inputs: Any, name: str = "example_inputs") -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """``example_inputs`` as positional and keyword arguments; ``name`` is what the caller calls them."""
     if isinstance(example_inputs, Tensor):
         return (example_inputs,), {}
     if isinstance(example_inputs, (tuple, list)):
@@ -111,9 +112,14 @@ def arguments(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     if isinstance(example_inputs, dict):
         return (), example_inputs
     raise RevifyError(
-        "example_inputs must be a tensor, a tuple of positional inputs or a dict of keyword inputs, "
+        f"{name} must be a tensor, a tuple of positional inputs or a dict of keyword inputs, "
         f"got {type(example_inputs).__name__}."
     )
+
+
+def fresh(tree: Any) -> Any:
+    """The tree with copies of its tensors, which have no gradients yet."""
+    return tree_map_only(Tensor, lambda x: x.detach().clone().requires_grad_(x.requires_grad), tree)
 
 
 MISSING = "a missing attribute"

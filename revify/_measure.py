@@ -1,9 +1,10 @@
-"""Measuring memory: what a forward pass keeps for the backward pass, and the peak of a whole step."""
+"""Measuring: what a forward pass keeps for the backward pass, the peak of a whole step, and its time."""
 
 from __future__ import annotations
 
+import time
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -83,6 +84,27 @@ def peak_bytes(step: Callable[[], Any], device: torch.device | str | None = None
     step()
     module.synchronize(device)
     return int(module.max_memory_allocated(device) - before)
+
+
+def times_in_turn(
+    steps: Sequence[Callable[[], Any]], rounds: int, device: torch.device | str | None = None
+) -> list[list[float]]:
+    """Of each of the steps its seconds in each round; in a round every step is run once."""
+    device = torch.device(device or "cpu")
+    times: list[list[float]] = [[] for _ in steps]
+    for _ in range(rounds):
+        for step, measured in zip(steps, times, strict=True):
+            _wait(device)
+            begin = time.perf_counter()
+            step()
+            _wait(device)
+            measured.append(time.perf_counter() - begin)
+    return times
+
+
+def _wait(device: torch.device) -> None:
+    if device.type != "cpu":
+        torch.get_device_module(device).synchronize(device)
 
 
 @dataclass(eq=False)

@@ -11,13 +11,14 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from importlib.metadata import version
 from typing import Any
 
 import torch
 from torch import Tensor
 
+import revify
 from revify._conversion.convert import convert, explain
 from revify._errors import NotConvertibleError, RevifyError
 from revify._names import load_model, sentence, told
@@ -109,11 +110,10 @@ def _input(options: argparse.Namespace, device: str) -> Iterator[Tensor]:
 def _explain(options: argparse.Namespace) -> int:
     with _progress(f"analysing {options.name}"):
         model = load_model(options.name)
-        if options.shape is None:
-            report = explain(model, **_conversion(options))
-        else:
-            with _input(options, "cpu") as images:
-                report = explain(model, images, **_conversion(options))
+        with nullcontext() if options.shape is None else _input(options, "cpu") as images:
+            if options.plot:
+                revify.plot.graph(model, images, path=options.plot, **_conversion(options))
+            report = explain(model, images, **_conversion(options))
     print(_json(report.to_dict()) if options.json else report)
     return 0 if report.convertible and not (options.strict and report.refusals) else 1
 
@@ -124,6 +124,9 @@ def _estimate(options: argparse.Namespace) -> None:
     with _progress(f"estimating {options.name}"):
         model = load_model(options.name)
         with _input(options, "meta") as images:
+            if options.plot:
+                batch = images.new_empty(options.batch_size or len(images), *images.shape[1:])
+                revify.plot.memory_timeline(model, batch, autocast=autocast, path=options.plot, **_conversion(options))
 
             def at(batch_size: int | None) -> Estimate:
                 return estimate(model, images, batch_size=batch_size, autocast=autocast, **_conversion(options))
@@ -181,11 +184,18 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     command = commands.add_parser("explain", help="show what a conversion would do")
-    _add_model(command, None, "of an input to try it with; needed where the model's code asks for shapes (none)")
+    _add_model(
+        command,
+        None,
+        "of an input to try it with; needed where the model's code asks for shapes (none)",
+        "the blocks and their chains",
+    )
     command.set_defaults(command=_explain)
 
     command = commands.add_parser("estimate", help="predict the peak memory of a training step, plain and reversible")
-    _add_model(command, (32, 3, 224, 224), "of the input (32x3x224x224)")
+    _add_model(
+        command, (32, 3, 224, 224), "of the input (32x3x224x224)", "what both steps hold, operation by operation"
+    )
     command.add_argument("--batch-size", type=_positive, help="in place of the first number of the shape")
     command.add_argument("--memory", type=_memory, help="16GiB, for example: also find the largest batch for so much")
     command.add_argument("--autocast", choices=["bfloat16", "float16"], help="dtype of the forward pass (none)")
@@ -214,12 +224,16 @@ def _conversion(options: argparse.Namespace) -> dict[str, Any]:
     return {name: getattr(options, name) for name in _CONVERSION}
 
 
-def _add_model(command: argparse.ArgumentParser, shape: tuple[int, ...] | None, shape_help: str) -> None:
+def _add_model(
+    command: argparse.ArgumentParser, shape: tuple[int, ...] | None, shape_help: str, picture: str | None = None
+) -> None:
     """Adds what every command that converts a model takes."""
     command.epilog, command.formatter_class = _EPILOG, argparse.RawDescriptionHelpFormatter
     command.add_argument("name", metavar="NAME", help="of a model, see below")
     command.add_argument("--shape", type=_shape, default=shape, help=shape_help)
     command.add_argument("--json", action="store_true", help="print JSON")
+    if picture is not None:
+        command.add_argument("--plot", metavar="FILE", help=f'also write a picture of {picture}; needs "[plot]"')
     add = command.add_argument_group("conversion, as in revify.convert").add_argument
     add(
         "--coupling",

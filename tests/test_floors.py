@@ -16,6 +16,7 @@ BELOW = {  # what each folder may import from, besides itself and the plain modu
     "_conversion": {"_analysis", "_engine"},
     "_tools": {"_analysis", "_engine", "_conversion"},
     "models": {"_conversion"},
+    "plot": {"_tools", "_conversion", "_analysis", "_engine"},
     "demo": {"_tools", "_conversion", "models"},
 }
 

@@ -46,12 +46,12 @@ def observe(model: nn.Module, example_inputs: Any) -> dict[str, Call | None]:
     return known
 
 
-def check_fit(model: nn.Module, args: Any, kwargs: Any) -> None:
+def check_fit(model: nn.Module, args: Any, kwargs: Any, name: str = "example_inputs") -> None:
     signature = inspect.signature(model.forward)
     try:
         signature.bind(*args, **kwargs)
     except TypeError as error:
-        raise RevifyError(f"example_inputs does not fit the model's forward{signature}: {error}.") from error
+        raise RevifyError(f"{name} does not fit the model's forward{signature}: {error}.") from error
 
 
 def hollow(model: nn.Module, args: Any, kwargs: Any) -> tuple[nn.Module, Any, Any]:

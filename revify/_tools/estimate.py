@@ -7,31 +7,24 @@ that it makes and releases are those of the real step, in the same order, and ar
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import (
-    DataDependentOutputException,
-    DynamicOutputShapeException,
-    FakeTensorMode,
-    UnsupportedOperatorException,
-)
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_leaves
 
-from revify._analysis.blame import place
 from revify._analysis.observe import check_fit
 from revify._arguments import arguments
 from revify._conversion.convert import check_plain, convert
-from revify._engine.chain import settings_of
 from revify._errors import RevifyError
 from revify._fake import hollow_copy, hollow_inputs
 from revify._measure import Storages
 from revify._table import megabytes, table
+from revify._tools.step import Loss, check_step, run_step
 
 
 @dataclass(frozen=True)
@@ -127,16 +120,11 @@ def estimate(
         NotConvertibleError: as `convert` does.
         RevifyError: an argument is not as it must be, or the model reads the values of tensors.
     """
-    if not isinstance(model, nn.Module):
-        raise RevifyError(f"model must be a torch.nn.Module, got {type(model).__name__}.")
-    if autocast is not None and not isinstance(autocast, torch.dtype):
-        raise RevifyError(f"autocast must be a torch.dtype or None, got {autocast!r}.")
-    if loss is not None and not callable(loss):
-        raise RevifyError(f"loss must be a function of the model's result or None, got {type(loss).__name__}.")
+    check_step(model, loss, autocast)
     check_plain(model)
     inputs = arguments(example_inputs)
     check_fit(model, *inputs)
-    target = _device(model, device)
+    target = device_of(model, device)
     present = _batch_size(inputs)
     batch = present, _checked(batch_size, present)
     with torch.random.fork_rng([]):  # `convert` may initialise new layers
@@ -153,60 +141,20 @@ def _step(
     inputs: Any,
     batch: tuple[int, int],
     device: torch.device,
-    loss: Callable[[Any], Tensor] | None,
+    loss: Loss | None,
     autocast: torch.dtype | None,
 ) -> StepMemory:
     mode = FakeTensorMode(allow_non_fake_inputs=True)  # tensors that the model holds as plain attributes
-    model = hollow_copy(model, device, mode).train()
-    args, kwargs = hollow_inputs(inputs, batch, device, mode)
-    storages = Storages()
-    if any(settings.budget is not None for settings in settings_of(model)):  # spent once a step has been measured
-        with mode, torch.enable_grad(), _refusing_reads(), torch.autocast(device.type, autocast, autocast is not None):
-            model(*args, **kwargs)
-    with mode, storages, torch.enable_grad(), _refusing_reads():
-        with torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
-            objective = (loss or _sum)(model(*args, **kwargs))
-        if not isinstance(objective, Tensor) or objective.numel() != 1:
-            found = f"shape {tuple(objective.shape)}" if isinstance(objective, Tensor) else type(objective).__name__
-            raise RevifyError(f"loss must map the model's result to a tensor of one element, got {found}.")
-        if not objective.requires_grad:
-            raise RevifyError("model has nothing to train: no parameter, and no input, that requires grad.")
-        turn = storages.moment
-        objective.backward()
-    parameters = [*model.parameters(), *model.buffers()]
-    given = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
-    gradients = {storages.life(x.grad) for x in chain(parameters, given) if x.grad is not None}
+    storages, copied = Storages(), hollow_copy(model, device, mode)
+    step = run_step(copied, hollow_inputs(inputs, batch, device, mode), device, loss, autocast, storages, mode)
     there = [life for life in storages.made if life.spans(storages.peak_moment)]
-    of_gradients = sum(life.bytes for life in there if life in gradients)
-    kept = sum(life.bytes for life in there if life.spans(turn) and life not in gradients)
+    of_gradients = sum(life.bytes for life in there if life in step.gradients)
+    kept = sum(life.bytes for life in there if life.spans(step.turn) and life not in step.gradients)
     transient = sum(life.bytes for life in there) - of_gradients - kept
-    return StepMemory(_bytes(parameters), of_gradients, kept + _bytes(given), transient)
+    return StepMemory(step.held, of_gradients, kept + step.given, transient)
 
 
-def _sum(result: Any) -> Tensor:
-    outputs = [y for y in tree_leaves(result) if isinstance(y, Tensor) and y.is_floating_point()]
-    if not outputs:
-        raise RevifyError("model returns no floating-point tensor to sum up: give loss, a function of its result.")
-    total: Tensor = sum((y.sum() for y in outputs[1:]), outputs[0].sum())
-    return total
-
-
-def _bytes(tensors: list[Tensor]) -> int:
-    return sum(x.untyped_storage().nbytes() for x in tensors)
-
-
-@contextmanager
-def _refusing_reads() -> Iterator[None]:
-    try:
-        yield
-    except (DataDependentOutputException, DynamicOutputShapeException, UnsupportedOperatorException) as error:
-        raise RevifyError(
-            f"model cannot be run without values: {error.func} needs them{place(error)}. "
-            "Measure a step with revify.peak_bytes instead."
-        ) from error
-
-
-def _device(model: nn.Module, device: torch.device | str | None) -> torch.device:
+def device_of(model: nn.Module, device: torch.device | str | None) -> torch.device:
     if device is None:
         present = next((x.device for x in chain(model.parameters(), model.buffers())), torch.device("cpu"))
         return torch.device("cpu") if present.type == "meta" else present

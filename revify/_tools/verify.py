@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves
 
+from revify._arguments import fresh
 from revify._engine.chain import settings_of, store_activations
 from revify._errors import RevifyError
 from revify._table import table
+from revify._tools.step import random_state_kept
 
 TOLERANCE = 1e-3  # of gradients that are not exact, relative
 
@@ -98,9 +98,9 @@ def verify(model: nn.Module, *inputs: Any, **kwargs: Any) -> Verification:
     chains = settings_of(reversible)
     for settings in chains:
         settings.guard = _Watch(states)
-    with _random_state_kept():
+    with random_state_kept():
         found = _gradients(reversible, inputs, kwargs)
-    with _random_state_kept(), store_activations(stored):
+    with random_state_kept(), store_activations(stored):
         expected = _gradients(stored, inputs, kwargs)
     largest = max((float(g.abs().max()) for g in expected.values() if g is not None and g.numel()), default=0.0)
     errors = {name: _error(found[name], g, 1e-6 * largest) for name, g in expected.items()}
@@ -142,7 +142,7 @@ class _Compare(torch.autograd.Function):
 
 
 def _gradients(model: nn.Module, inputs: Any, kwargs: Any) -> dict[tuple[str, str], Tensor | None]:
-    inputs, kwargs = tree_map(_fresh, (inputs, kwargs))
+    inputs, kwargs = fresh((inputs, kwargs))
     outputs = [y for y in tree_leaves(model(*inputs, **kwargs)) if isinstance(y, Tensor) and y.requires_grad]
     wanted: dict[tuple[str, str], Tensor] = {
         ("parameter", name): p for name, p in model.named_parameters() if p.requires_grad
@@ -155,10 +155,6 @@ def _gradients(model: nn.Module, inputs: Any, kwargs: Any) -> dict[tuple[str, st
     return dict(zip(wanted, gradients, strict=True))
 
 
-def _fresh(x: Any) -> Any:
-    return x.detach().clone().requires_grad_(x.requires_grad) if isinstance(x, Tensor) else x
-
-
 def _error(found: Tensor | None, expected: Tensor | None, least: float) -> float:
     if found is None or expected is None:
         return 0.0 if found is expected else float("inf")
@@ -166,10 +162,3 @@ def _error(found: Tensor | None, expected: Tensor | None, least: float) -> float
         return 0.0
     error = float((found - expected).abs().max() / expected.abs().max().clamp_min(max(least, 1e-300)))
     return error if error == error else float("inf")
-
-
-@contextmanager
-def _random_state_kept() -> Iterator[None]:
-    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
-    with torch.random.fork_rng(devices):
-        yield

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import statistics
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,12 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from revify import plot
 from revify._conversion.convert import convert
-from revify._measure import kept_bytes, peak_bytes
+from revify._measure import kept_bytes, peak_bytes, times_in_turn
 from revify._table import megabytes, table
+from revify.demo import pictures
 from revify.demo.data import Images, digits, image_folder, normalize
-from revify.demo.training import History, seconds, step_of, train
+from revify.demo.training import History, step_of, train
 from revify.models import cifar_resnet
 
 DEEP = 110  # layers at which memory is compared
@@ -74,7 +75,7 @@ def run(
     x = normalize(images.train_images[:batch_size], images.train_images.float().mean(0))
     y = images.train_labels[:batch_size]
     kept = {name: _kept_by_depth(name == "converted", x, y, len(images.classes)) for name in ("ResNet", "converted")}
-    times = seconds([step_of(model, x, y) for model in networks.values()])
+    times = times_in_turn([step_of(model, x, y) for model in networks.values()], rounds=15)
     results = [
         Result(
             sum(p.numel() for p in model.parameters()),
@@ -82,7 +83,7 @@ def run(
             _kept(model, x, y),
             kept["converted" if name == "converted" else "ResNet"][DEEP],
             _peak(_network(DEEP, len(images.classes), name == "converted"), x, y),
-            time,
+            statistics.median(time),
         )
         for (name, model), time in zip(networks.items(), times, strict=True)
     ]
@@ -146,9 +147,9 @@ def _write(
     batch_size: int,
 ) -> None:
     curves, memory, figures = output / "curves.png", output / "memory.png", output / "results.json"
-    plot.curves(
+    pictures.curves(
         {name: (h.losses, h.accuracies) for name, h in histories.items()}, curves, title=f"Training on {images.name}"
     )
-    plot.memory_against_depth(kept, memory, title=f"Kept for the backward pass, batch of {batch_size}")
+    pictures.memory_against_depth(kept, memory, title=f"Kept for the backward pass, batch of {batch_size}")
     figures.write_text(json.dumps({name: vars(result) for name, result in results.items()}, indent=2) + "\n")
     print(f"Curves in {curves}, memory against depth in {memory}, figures in {figures}.")

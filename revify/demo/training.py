@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -66,14 +64,3 @@ def step_of(model: nn.Module, images: Tensor, labels: Tensor) -> Callable[[], No
 
     model.train()
     return step
-
-
-def seconds(steps: list[Callable[[], None]], rounds: int = 15) -> list[float]:
-    """The median time of each of the steps, run in turn."""
-    times: list[list[float]] = [[] for _ in steps]
-    for _ in range(rounds):
-        for step, measured in zip(steps, times, strict=True):
-            begin = time.perf_counter()
-            step()
-            measured.append(time.perf_counter() - begin)
-    return [statistics.median(measured) for measured in times]

@@ -1,14 +1,11 @@
-"""Pictures of training runs and of memory (needs matplotlib: ``pip install "revify[demo]"``)."""
+"""Pictures of training runs: curves, and memory against depth."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import matplotlib
 from matplotlib.figure import Figure
-
-matplotlib.use("Agg")  # pictures go to files; no window is needed
 
 _COLOURS = ("#4477aa", "#cc6633", "#228833", "#aa3377", "#66aacc", "#888888")
 
