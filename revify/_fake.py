@@ -24,6 +24,13 @@ def has_values(x: Tensor) -> bool:
     return x.device.type != "meta" and not isinstance(x, FakeTensor)
 
 
+def device_of(module: nn.Module) -> torch.device:
+    """The device that the module's fake tensors are to stand for: its own, or the CPU for the meta device, since the
+    module's code makes tensors with values beside them."""
+    tensor = next(itertools.chain(module.parameters(), module.buffers()), None)
+    return torch.device("cpu") if tensor is None or tensor.device.type == "meta" else tensor.device
+
+
 def hollow_copy(model: M, device: torch.device | str = "meta", mode: FakeTensorMode | None = None) -> M:
     """A copy of ``model`` whose parameters and buffers have no values: on the meta device, or fake tensors of
     ``mode`` on the device that is given."""

@@ -7,22 +7,25 @@ import importlib.util
 import inspect
 import os
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from revify._errors import NotConvertibleError, RevifyError
 
 
-def load_model(name: str) -> nn.Module:
-    """A model without trained weights, by its name on the command line.
+def load_model(name: str, values: bool = True) -> nn.Module:
+    """A model without trained weights, by its name on the command line. ``values``: whether it is to be run; otherwise
+    the weights of transformers' models, which may be larger than memory, are on the meta device.
 
     Raises:
         RevifyError: there is no such model.
     """
     try:
-        model = _made(name)
+        model = _made(name, values)
     except RevifyError:
         raise
     except Exception as error:  # whatever the user's function raises
@@ -32,14 +35,14 @@ def load_model(name: str) -> nn.Module:
     return model
 
 
-def _made(name: str) -> Any:
+def _made(name: str, values: bool) -> Any:
     place, _, last = name.rpartition(":")
     if place and place not in _LIBRARIES:
         return _without_weights(getattr(_file(Path(place)) if place.endswith(".py") else _module(place), last))
     libraries = [place] if place else list(_LIBRARIES)
     installed = [library for library in libraries if importlib.util.find_spec(library)]
     for library in installed:
-        if (model := _LIBRARIES[library](last)) is not None:
+        if (model := _LIBRARIES[library](last, values)) is not None:
             return model
     looked_in = " or ".join(installed) or f"{' or '.join(libraries)}, which {'is' if place else 'are'} not installed"
     raise RevifyError(
@@ -66,19 +69,30 @@ def _file(path: Path) -> Any:
     return module
 
 
-def _torchvision(name: str) -> Any:
+def _torchvision(name: str, values: bool) -> Any:
     from torchvision import models
 
     return _without_weights(models.get_model_builder(name)) if name in models.list_models() else None
 
 
-def _timm(name: str) -> Any:
+def _timm(name: str, values: bool) -> Any:
     import timm
 
     return timm.create_model(name, pretrained=False) if timm.is_model(name) else None
 
 
-_LIBRARIES = {"torchvision": _torchvision, "timm": _timm}
+def _transformers(name: str, values: bool) -> Any:
+    """Of a kind of model, in the size that its configuration has by itself; or of a configuration in a file."""
+    from transformers import CONFIG_MAPPING, AutoConfig, AutoModel
+
+    if name not in CONFIG_MAPPING and not Path(name).exists():
+        return None
+    config = AutoConfig.for_model(name) if name in CONFIG_MAPPING else AutoConfig.from_pretrained(name)
+    with nullcontext() if values else torch.device("meta"):
+        return AutoModel.from_config(config)
+
+
+_LIBRARIES = {"torchvision": _torchvision, "timm": _timm, "transformers": _transformers}
 
 
 def _without_weights(function: Any) -> Any:

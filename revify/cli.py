@@ -16,7 +16,7 @@ from importlib.metadata import version
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import revify
 from revify._conversion.convert import convert, explain
@@ -30,8 +30,10 @@ from revify._tools.verify import verify
 
 _EPILOG = """\
 NAME is a model, made without trained weights:
-  resnet50                      torchvision's, or else timm's
+  resnet50                      torchvision's, or else timm's, or else transformers'
   torchvision:NAME, timm:NAME   of that library
+  transformers:gpt2             a kind of model of transformers, in its usual size, or
+  transformers:./config.json    of a configuration
   package.module:function       what a function returns, called without arguments; also of the current folder
   ./file.py:function            the same, of a file
 
@@ -94,11 +96,13 @@ def _progress(text: str) -> Iterator[None]:
 
 
 @contextmanager
-def _input(options: argparse.Namespace, device: str) -> Iterator[Tensor]:
-    """A random input of the shape; what the model raises on it is told with the shape."""
-    given = f"--shape {'x'.join(map(str, options.shape))}"
+def _input(options: argparse.Namespace, model: nn.Module, device: str) -> Iterator[Tensor]:
+    """A random input of the shape, pixels or tokens; what the model raises on it is told with the shape."""
+    tokens = getattr(model, "main_input_name", None) == "input_ids"
+    shape = options.shape or (options.default_batch, *(_TOKENS if tokens else _PIXELS))
+    given = f"--shape {'x'.join(map(str, shape))}"
     try:
-        yield torch.randn(options.shape, device=device)
+        yield torch.randint(2, shape, device=device) if tokens else torch.randn(shape, device=device)
     except NotConvertibleError:
         raise
     except RevifyError as error:
@@ -107,10 +111,13 @@ def _input(options: argparse.Namespace, device: str) -> Iterator[Tensor]:
         raise RevifyError(f"the model fails on {given}: {told(error)}") from error
 
 
+_PIXELS, _TOKENS = (3, 224, 224), (512,)
+
+
 def _explain(options: argparse.Namespace) -> int:
     with _progress(f"analysing {options.name}"):
-        model = load_model(options.name)
-        with nullcontext() if options.shape is None else _input(options, "cpu") as images:
+        model = load_model(options.name, values=False)
+        with nullcontext() if options.shape is None else _input(options, model, "cpu") as images:
             if options.plot:
                 revify.plot.graph(model, images, path=options.plot, **_conversion(options))
             report = explain(model, images, **_conversion(options))
@@ -122,8 +129,8 @@ def _estimate(options: argparse.Namespace) -> None:
     autocast = getattr(torch, options.autocast) if options.autocast else None
 
     with _progress(f"estimating {options.name}"):
-        model = load_model(options.name)
-        with _input(options, "meta") as images:
+        model = load_model(options.name, values=False)
+        with _input(options, model, "meta") as images:
             if options.plot:
                 batch = images.new_empty(options.batch_size or len(images), *images.shape[1:])
                 revify.plot.memory_timeline(model, batch, autocast=autocast, path=options.plot, **_conversion(options))
@@ -144,7 +151,7 @@ def _estimate(options: argparse.Namespace) -> None:
 def _verify(options: argparse.Namespace) -> int:
     with _progress(f"verifying {options.name}"):
         model = load_model(options.name)
-        with _input(options, "cpu") as images:
+        with _input(options, model, "cpu") as images:
             converted = convert(model, images, **_conversion(options))
             if options.memory_budget is not None:  # spent once a step has been measured
                 converted.train()(images)
@@ -186,24 +193,21 @@ def _parser() -> argparse.ArgumentParser:
     command = commands.add_parser("explain", help="show what a conversion would do")
     _add_model(
         command,
-        None,
         "of an input to try it with; needed where the model's code asks for shapes (none)",
         "the blocks and their chains",
     )
     command.set_defaults(command=_explain)
 
     command = commands.add_parser("estimate", help="predict the peak memory of a training step, plain and reversible")
-    _add_model(
-        command, (32, 3, 224, 224), "of the input (32x3x224x224)", "what both steps hold, operation by operation"
-    )
+    _add_model(command, "of the input (32x3x224x224; of tokens 32x512)", "what both steps hold, operation by operation")
     command.add_argument("--batch-size", type=_positive, help="in place of the first number of the shape")
     command.add_argument("--memory", type=_memory, help="16GiB, for example: also find the largest batch for so much")
     command.add_argument("--autocast", choices=["bfloat16", "float16"], help="dtype of the forward pass (none)")
-    command.set_defaults(command=_estimate)
+    command.set_defaults(command=_estimate, default_batch=32)
 
     command = commands.add_parser("verify", help="convert, run a step both ways on random input, and compare")
-    _add_model(command, (2, 3, 224, 224), "of the input (2x3x224x224)")
-    command.set_defaults(command=_verify)
+    _add_model(command, "of the input (2x3x224x224; of tokens 2x512)")
+    command.set_defaults(command=_verify, default_batch=2)
 
     command = commands.add_parser("demo", help="train a ResNet and its conversion side by side")
     command.add_argument("--data", metavar="PATH", help="folder with train/CLASS/*.png, test/CLASS/*.png (digits)")
@@ -224,13 +228,11 @@ def _conversion(options: argparse.Namespace) -> dict[str, Any]:
     return {name: getattr(options, name) for name in _CONVERSION}
 
 
-def _add_model(
-    command: argparse.ArgumentParser, shape: tuple[int, ...] | None, shape_help: str, picture: str | None = None
-) -> None:
+def _add_model(command: argparse.ArgumentParser, shape_help: str, picture: str | None = None) -> None:
     """Adds what every command that converts a model takes."""
     command.epilog, command.formatter_class = _EPILOG, argparse.RawDescriptionHelpFormatter
     command.add_argument("name", metavar="NAME", help="of a model, see below")
-    command.add_argument("--shape", type=_shape, default=shape, help=shape_help)
+    command.add_argument("--shape", type=_shape, help=shape_help)
     command.add_argument("--json", action="store_true", help="print JSON")
     if picture is not None:
         command.add_argument("--plot", metavar="FILE", help=f'also write a picture of {picture}; needs "[plot]"')

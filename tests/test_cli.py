@@ -69,6 +69,25 @@ def test_whose_model_it_is(name: str, module: str) -> None:
     assert type(cli.load_model(name)).__module__.startswith(module)
 
 
+def test_a_configuration_of_transformers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sizes = {"n_embd": 16, "n_layer": 2, "n_head": 2, "vocab_size": 50_257, "n_positions": 64}
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2", **sizes}))
+    monkeypatch.chdir(tmp_path)
+    name = "transformers:./config.json"
+    assert cli.main(["verify", name, "--shape", "2x16"]) == 0
+    assert cli.main(["estimate", name, "--shape", "2x64", "--json"]) == 0
+    assert "ok (exact)" in capsys.readouterr().out
+
+
+def test_what_is_larger_than_memory_is_explained() -> None:
+    """Seven billion parameters."""
+    model = cli.load_model("transformers:llama", values=False)
+    assert {p.device.type for p in model.parameters()} == {"meta"}
+    assert len(revify.explain(model).chains[0].units) == 64
+
+
 @pytest.mark.parametrize("name", ["mine:make", "./mine.py:make", "mine.py:make", "{}/mine.py:make"])
 def test_a_function_in_the_current_folder(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "mine.py").write_text("from beside import make\n")
@@ -97,7 +116,7 @@ def test_nothing_is_downloaded(name: str, monkeypatch: pytest.MonkeyPatch) -> No
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("resnet19", "is no model of torchvision or timm; a function of your own is named"),
+        ("resnet19", "is no model of torchvision or timm or transformers; a function of your own is named"),
         ("timm:resnet19", "is no model of timm;"),
         ("torchvision:vit_tiny_patch16_224", "is no model of torchvision;"),
         ("nowhere:model", "cannot be loaded: ModuleNotFoundError: No module named 'nowhere'"),

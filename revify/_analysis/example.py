@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
-from revify._fake import hollow_copy
+from revify._fake import device_of, hollow_copy
 from revify._paths import at
 
 
@@ -31,7 +31,8 @@ class Example:
         if not isinstance(x, Tensor) or isinstance(x, FakeTensor):
             return x
         with self.mode:
-            return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device)
+            device = "cpu" if x.device.type == "meta" else x.device  # as `device_of` does
+            return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=device)
 
     def value(self, node: fx.Node, module: nn.Module) -> Any:
         """Of a node in the graph of ``module``."""
@@ -63,7 +64,7 @@ class Example:
             self._values[node] = self.inputs[position]
             return
         if self._module is None:
-            self._module = hollow_copy(module, _device(module), self.mode)
+            self._module = hollow_copy(module, device_of(module), self.mode)
         args = fx.map_arg(node.args, self._values.__getitem__)
         kwargs = fx.map_arg(node.kwargs, self._values.__getitem__)
         if node.op == "get_attr":
@@ -74,8 +75,3 @@ class Example:
             self._values[node] = getattr(args[0], str(node.target))(*args[1:], **kwargs)
         else:
             self._values[node] = node.target(*args, **kwargs)  # type: ignore[operator]
-
-
-def _device(module: nn.Module) -> torch.device:
-    tensor = next(iter([*module.parameters(), *module.buffers()]), None)
-    return torch.device("cpu") if tensor is None else tensor.device

@@ -19,7 +19,7 @@ from revify._analysis.model import Call
 from revify._analysis.watching import random_state
 from revify._arguments import arguments, described, mapped
 from revify._errors import RevifyError
-from revify._fake import hollow_copy, hollow_inputs
+from revify._fake import device_of, hollow_copy, hollow_inputs
 
 
 def observe(model: nn.Module, example_inputs: Any) -> dict[str, Call | None]:
@@ -57,8 +57,7 @@ def check_fit(model: nn.Module, args: Any, kwargs: Any, name: str = "example_inp
 def hollow(model: nn.Module, args: Any, kwargs: Any) -> tuple[nn.Module, Any, Any]:
     """Model and inputs without values."""
     mode = FakeTensorMode(allow_non_fake_inputs=True)
-    tensor = next(iter([*model.parameters(), *model.buffers()]), None)
-    device = torch.device("cpu") if tensor is None or tensor.device.type == "meta" else tensor.device
+    device = device_of(model)
     args, kwargs = hollow_inputs((args, kwargs), (1, 1), device, mode)
     return hollow_copy(model, device, mode), args, kwargs
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from itertools import chain
 from typing import Any
 
 import torch
@@ -21,7 +20,7 @@ from revify._analysis.observe import check_fit
 from revify._arguments import arguments
 from revify._conversion.convert import check_plain, convert
 from revify._errors import RevifyError
-from revify._fake import hollow_copy, hollow_inputs
+from revify._fake import device_of, hollow_copy, hollow_inputs
 from revify._measure import Storages
 from revify._table import megabytes, table
 from revify._tools.step import Loss, check_step, run_step
@@ -124,7 +123,7 @@ def estimate(
     check_plain(model)
     inputs = arguments(example_inputs)
     check_fit(model, *inputs)
-    target = device_of(model, device)
+    target = _device_for(model, device)
     present = _batch_size(inputs)
     batch = present, _checked(batch_size, present)
     with torch.random.fork_rng([]):  # `convert` may initialise new layers
@@ -154,10 +153,9 @@ def _step(
     return StepMemory(step.held, of_gradients, kept + step.given, transient)
 
 
-def device_of(model: nn.Module, device: torch.device | str | None) -> torch.device:
+def _device_for(model: nn.Module, device: torch.device | str | None) -> torch.device:
     if device is None:
-        present = next((x.device for x in chain(model.parameters(), model.buffers())), torch.device("cpu"))
-        return torch.device("cpu") if present.type == "meta" else present
+        return device_of(model)
     try:
         found = torch.device(device)
     except (RuntimeError, TypeError) as error:

@@ -20,8 +20,8 @@ from revify._analysis.report import Report
 from revify._arguments import arguments, fresh
 from revify._conversion.convert import check_plain, convert, report
 from revify._errors import RevifyError
+from revify._fake import device_of
 from revify._measure import peak_bytes, times_in_turn
-from revify._tools.estimate import device_of
 from revify._tools.step import Loss, check_step, objective_of, random_state_kept
 
 
@@ -60,7 +60,7 @@ def ways(
         raise RevifyError("memory_budget is what is tried: leave it out, and give budgets.")
     args, kwargs = arguments(inputs, "inputs")
     check_fit(model, args, kwargs, "inputs")
-    device = device_of(model, None)
+    device = device_of(model)
     with random_state_kept(), torch.enable_grad():
         models = list(_models(model, kwargs or args, budgets, options))
         steps = [_step(copied, (args, kwargs), device, loss, autocast) for *_, copied in models]

@@ -17,9 +17,8 @@ from revify._analysis.observe import check_fit
 from revify._arguments import arguments, fresh
 from revify._conversion.convert import check_plain, convert
 from revify._engine.chain import settings_of, store_activations
-from revify._fake import has_values, hollow_copy, hollow_inputs
+from revify._fake import device_of, has_values, hollow_copy, hollow_inputs
 from revify._measure import Storages
-from revify._tools.estimate import device_of
 from revify._tools.step import Loss, NeedsValues, check_step, check_unused, random_state_kept, run_step
 
 
@@ -72,7 +71,7 @@ def timelines(
     check_step(model, loss, autocast)
     call = arguments(inputs, "inputs")
     check_fit(model, *call, "inputs")
-    device = device_of(model, None)
+    device = device_of(model)
     if settings_of(model):
         check_unused(options)
         with store_activations(model):
