@@ -1,5 +1,5 @@
-"""Training by Lightning: resumed, in bfloat16, in two processes; against the same training by plain autograd, or one that
-was not interrupted. `test_other_trainers.py` has the plain fit, of the network and of the module as a whole."""
+"""Training by Lightning: resumed, in bfloat16, clipped, loaded again; against the same training by plain autograd, or
+one that was not interrupted. `test_other_trainers.py` has the plain fit."""
 
 from __future__ import annotations
 
