@@ -8,7 +8,6 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-import accelerate
 import peft
 import pytest
 import torch
@@ -25,7 +24,7 @@ SCHEMES = [revify.RevNet(), revify.BDIA()]
 
 def gpt(**options: Any) -> Any:
     """With dropout, as the configuration has it."""
-    config = GPT2Config(vocab_size=32, n_positions=16, n_embd=16, n_layer=4, n_head=2, use_cache=False, **options)
+    config = GPT2Config(vocab_size=32, n_positions=16, n_embd=16, n_layer=2, n_head=2, use_cache=False, **options)
     config.bos_token_id = config.eos_token_id = 0
     return GPT2LMHeadModel(config)
 
@@ -73,13 +72,11 @@ def train(model: Any, folder: Path, resume: bool = False, **options: Any) -> Tra
 @pytest.mark.parametrize(
     "options",
     [
-        {},
-        {"bf16": True},
-        {"gradient_accumulation_steps": 2},
+        {"bf16": True, "gradient_accumulation_steps": 2},
         {"gradient_checkpointing": True},
         {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}},
     ],
-    ids=["plain", "bf16", "accumulation", "checkpointing", "reentrant"],
+    ids=["bf16", "checkpointing", "reentrant"],
 )
 def test_trainer(options: dict[str, Any], tmp_path: Path) -> None:
     start = revify.convert(gpt())
@@ -130,7 +127,6 @@ def test_saved_loaded_and_converted_again(scheme: revify.Scheme, tmp_path: Path)
 
 def accelerated(model: Any, steps: int, folder: Path | None = None, load: bool = False, **options: Any) -> None:
     """Trains for some steps, each of two batches. A state that is loaded was saved after two of four steps."""
-    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
     accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2, **options)
     optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
     # A generator of its own, since each new iterator draws a number.

@@ -30,7 +30,7 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], list[int]]] = {
 }
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("name", ["SegResNet", "DynUNet", pytest.param("UNETR", marks=pytest.mark.slow)])
 def test_networks_of_monai(name: str) -> None:
     make, units = NETWORKS[name]
     model = revify.convert(make()).double()

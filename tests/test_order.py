@@ -52,7 +52,7 @@ def compiled(model: Any) -> Any:
 
 
 WEIGHTS = net()
-RIGHT = [load, change_head, revify.convert, adapt, move, compiled, DistributedDataParallel]
+RIGHT = (load, change_head, revify.convert, adapt, move)
 
 
 def made(*steps: Callable[[Any], Any]) -> Any:
@@ -71,10 +71,13 @@ def stepped(model: nn.Module) -> tuple[Any, list[Any]]:
 
 
 @pytest.mark.filterwarnings("ignore:.*autograd.*should not be instantiated:DeprecationWarning")
-def test_the_right_order(group: None) -> None:
-    model = made(*RIGHT)
-    plain = made(load, change_head, revify.convert, adapt, move)
-    (y, gradients), (expected, wanted) = stepped(model), stepped(plain)
+@pytest.mark.parametrize(
+    "rest",
+    [(DistributedDataParallel,), pytest.param((compiled, DistributedDataParallel), marks=pytest.mark.slow)],
+    ids=["wrapped", "compiled"],
+)
+def test_the_right_order(rest: Any, group: None) -> None:
+    (y, gradients), (expected, wanted) = stepped(made(*RIGHT, *rest)), stepped(made(*RIGHT))
     torch.testing.assert_close(y, expected)
     assert len(gradients) == len(wanted) == 8  # two of each of four adapters
     for g, w in zip(gradients, wanted, strict=True):
@@ -93,7 +96,7 @@ def test_the_right_order(group: None) -> None:
 )
 def test_orders_that_come_to_the_same(steps: Any) -> None:
     y, gradients = stepped(made(*steps))
-    expected, wanted = stepped(made(load, change_head, revify.convert, adapt, move))
+    expected, wanted = stepped(made(*RIGHT))
     assert torch.equal(y, expected)
     assert len(gradients) == len(wanted) == 8
     assert all(map(torch.equal, gradients, wanted))

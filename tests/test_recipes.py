@@ -116,7 +116,7 @@ def test_layers_have_the_rates_of_the_original(name: str) -> None:
 
 def test_timm_goes_on_from_its_checkpoint(tmp_path: Path) -> None:
     """A model that is made and converted anew goes on as if nothing had happened."""
-    whole, rest = (Trained(revify.convert(network("test_vit"))) for _ in range(2))
+    whole, rest = (Trained(revify.convert(network("test_resnet"))) for _ in range(2))
     whole.steps(0, 2)
     saver = CheckpointSaver(
         whole.model, whole.optimizer, model_ema=whole.average, amp_scaler=whole.scaler, checkpoint_dir=str(tmp_path)
