@@ -24,9 +24,8 @@ SCHEMES = [revify.RevNet(), revify.BDIA()]
 
 def gpt(**options: Any) -> Any:
     """With dropout, as the configuration has it."""
-    config = GPT2Config(vocab_size=32, n_positions=16, n_embd=16, n_layer=2, n_head=2, use_cache=False, **options)
-    config.bos_token_id = config.eos_token_id = 0
-    return GPT2LMHeadModel(config)
+    sizes = {"vocab_size": 32, "n_positions": 16, "n_embd": 16, "n_layer": 2, "n_head": 2}
+    return GPT2LMHeadModel(GPT2Config(**sizes, use_cache=False, bos_token_id=0, eos_token_id=0, **options))
 
 
 def texts(count: int = 12) -> list[dict[str, Tensor]]:
