@@ -67,6 +67,10 @@ def main(rank: int, file: str, *cases: str) -> None:
             schemes(case, rank)
         elif case in STATES:
             STATES[case](rank, Path(file).parent)
+        elif case == "lightning":
+            from tests.distributed_lightning import by_lightning  # which takes seconds to load
+
+            by_lightning(rank, Path(file).parent)
         else:
             wrapped_models(case, rank)
     dist.destroy_process_group()
