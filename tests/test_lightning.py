@@ -52,7 +52,7 @@ def fit(module: Classifier, folder: Path, steps: int, resume: Path | None = None
     )
     images = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(2))
     batches = [(images, torch.arange(4))] * 6
-    trainer.fit(module, DataLoader(batches, batch_size=None), ckpt_path=resume, weights_only=False)  # type: ignore[arg-type]
+    trainer.fit(module, DataLoader(batches, batch_size=None), ckpt_path=resume)  # type: ignore[arg-type]
     return trainer
 
 
@@ -90,10 +90,8 @@ def test_loaded_into_the_original(tmp_path: Path) -> None:
     """`load_from_checkpoint` makes the module as it was made; its weights are the converted one's."""
     module = Classifier(revify.convert(cifar_resnet(8)))
     fit(module, tmp_path, 1).save_checkpoint(tmp_path / "last.ckpt")
-    loaded = Classifier.load_from_checkpoint(
-        tmp_path / "last.ckpt", network=revify.convert(cifar_resnet(8)), weights_only=False
-    )
+    loaded = Classifier.load_from_checkpoint(tmp_path / "last.ckpt", network=revify.convert(cifar_resnet(8)))
     assert_equal(module, loaded)
-    plain = Classifier.load_from_checkpoint(tmp_path / "last.ckpt", network=cifar_resnet(8), weights_only=False)
+    plain = Classifier.load_from_checkpoint(tmp_path / "last.ckpt", network=cifar_resnet(8))
     assert not isinstance(plain.network, type(module.network))
     assert_equal(module, plain)
