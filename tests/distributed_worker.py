@@ -11,8 +11,8 @@ from __future__ import annotations
 import copy
 import os
 import sys
-from collections.abc import Callable
 from contextlib import nullcontext
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -23,6 +23,8 @@ from torch.nn.parallel import DistributedDataParallel
 import revify
 from revify import ReversibleChain
 from revify._engine.chain import settings_of
+from tests.distributed_net import Block, Net, close, whole
+from tests.distributed_states import STATES
 from tests.sync_norms import NormOverProcesses, lend_kernels_to_sync_batch_norm
 
 DDP = {
@@ -38,30 +40,6 @@ SYNC = {
     "own-norm": NormOverProcesses,
 }
 SCHEMES = ("ddp-schemes", "fsdp-blocks-schemes")
-Norm = Callable[[int], nn.Module]
-
-
-def group_norm(width: int) -> nn.Module:
-    return nn.GroupNorm(2, width)
-
-
-class Block(nn.Module):
-    def __init__(self, norm: Norm = group_norm) -> None:
-        super().__init__()
-        self.f = nn.Sequential(norm(8), nn.ReLU(), nn.Conv2d(8, 8, 3, padding=1))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.f(x)
-
-
-class Net(nn.Module):
-    def __init__(self, norm: Norm = group_norm) -> None:
-        super().__init__()
-        self.stem, self.head = nn.Conv2d(3, 8, 3, padding=1), nn.Linear(8, 4)
-        self.blocks = nn.Sequential(*(Block(norm) for _ in range(5)))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.blocks(self.stem(x)).mean((2, 3)))  # type: ignore[no-any-return]
 
 
 class ByHand(nn.Module):
@@ -87,6 +65,12 @@ def main(rank: int, file: str, *cases: str) -> None:
             norms_over_processes(case, rank)
         elif case in SCHEMES:
             schemes(case, rank)
+        elif case in STATES:
+            STATES[case](rank, Path(file).parent)
+        elif case == "lightning":
+            from tests.distributed_lightning import by_lightning  # which takes seconds to load
+
+            by_lightning(rank, Path(file).parent)
         else:
             wrapped_models(case, rank)
     dist.destroy_process_group()
@@ -171,15 +155,6 @@ def norms_over_processes(case: str, rank: int) -> None:
                 close(b, buffers[name], name, 1e-9)
         for m in (model, stored, single):
             m.zero_grad()
-
-
-def close(found: Tensor, expected: Tensor, name: str, rtol: float = 1e-4) -> None:
-    torch.testing.assert_close(found, expected, rtol=rtol, atol=rtol / 100, msg=lambda m: f"{name}: {m}")
-
-
-def whole(gradient: Tensor | None) -> Tensor:
-    assert gradient is not None
-    return gradient.full_tensor() if hasattr(gradient, "full_tensor") else gradient  # type: ignore[operator]
 
 
 def sharded(model: nn.Module, case: str) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from contextlib import nullcontext
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ from torch import Tensor, nn
 
 import revify
 from revify import ReversibleChain, models
+from tests.test_local import image, net
 
 DEEP, SHALLOW = 10_000, 10
 
@@ -68,3 +71,33 @@ def test_ten_thousand_updates_train_in_the_memory_of_ten() -> None:
         return revify.peak_bytes(lambda: step(chain, x))
 
     assert transient(DEEP) <= 1.05 * transient(SHALLOW)
+
+
+@pytest.mark.slow
+def test_a_network_of_three_hundred_blocks(tmp_path: Path) -> None:
+    """Converted, trained, saved, and loaded into one that is converted anew: the weights are those of stored
+    activations, and what is kept is what ten blocks keep."""
+
+    def converted(depth: int) -> nn.Module:
+        return revify.convert(net(depth=depth))
+
+    def kept(model: nn.Module) -> int:
+        return revify.kept_bytes(lambda: model(x), [x, *model.parameters()])
+
+    model, x = converted(300), image()
+    assert len(revify.report(model).chains[0].units) == 300
+    stored = copy.deepcopy(model)
+    for m in (model, stored):
+        optimizer = torch.optim.SGD(m.parameters(), 1e-3)
+        with revify.store_activations(m) if m is stored else nullcontext():
+            for _ in range(2):
+                optimizer.zero_grad()
+                m(x).square().mean().backward()
+                optimizer.step()
+    assert all(map(torch.equal, model.state_dict().values(), stored.state_dict().values()))
+    torch.save(model.state_dict(), tmp_path / "deep.pt")
+    again = converted(300)
+    again.load_state_dict(torch.load(tmp_path / "deep.pt"))
+    with torch.no_grad():
+        assert torch.equal(again.eval()(x), model.eval()(x))
+    assert kept(again.train()) == kept(converted(10))

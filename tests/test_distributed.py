@@ -8,12 +8,16 @@ from pathlib import Path
 
 import pytest
 
+from tests.distributed_states import STATES
 from tests.distributed_worker import DDP, FSDP, SCHEMES, SYNC
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
-@pytest.mark.parametrize("cases", [tuple(DDP), FSDP, tuple(SYNC), SCHEMES], ids=" ".join)
+LIGHTNING = pytest.param(("lightning",), marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("cases", [tuple(DDP), FSDP, tuple(SYNC), (*SCHEMES, *STATES), LIGHTNING], ids=" ".join)
 def test_two_processes_are_one(cases: tuple[str, ...], tmp_path: Path) -> None:
     processes = [
         subprocess.Popen(

@@ -19,6 +19,7 @@ import pytest
 import torch
 import torchvision
 from torch import Tensor, fx, nn
+from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.models._utils import IntermediateLayerGetter
 from torchvision.models.feature_extraction import create_feature_extractor
@@ -483,6 +484,58 @@ class KeepsNormsFrozen(Chain):
 
     def __getattr__(self, name: str) -> Any:
         return super().__getattr__(name.removeprefix("my_"))
+
+
+MADE: list[str] = []  # the subclasses of `Layer`
+
+
+class Layer(nn.Module):
+    """As those of transformers: the class wraps the forward of its subclasses, which then checkpoints itself."""
+
+    gradient_checkpointing = False
+
+    def __init_subclass__(cls) -> None:
+        MADE.append(cls.__name__)
+        plain = cls.forward
+
+        @functools.wraps(plain)
+        def forward(self: Any, *args: Any) -> Any:
+            if self.gradient_checkpointing and torch.is_grad_enabled() and type(self).forward is forward:
+                return checkpoint(functools.partial(plain, self), *args, use_reentrant=False)
+            return plain(self, *args)
+
+        cls.forward = forward  # type: ignore[method-assign]
+
+
+class CheckpointedBlock(Layer):
+    def __init__(self) -> None:
+        super().__init__()
+        self.l1, self.evaluations = nn.Linear(WIDTH, WIDTH), 0
+        self.l1.register_forward_hook(self.count)
+
+    def count(self, *_: Any) -> None:
+        self.evaluations += 1
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + torch.tanh(self.l1(x))
+
+
+@pytest.mark.parametrize("when", ["never", "before", "after"])
+def test_blocks_that_checkpoint_themselves(when: str, convert: Any) -> None:
+    """Reversible blocks need no checkpoint, and their classes tell nobody of themselves."""
+    model = net(block=CheckpointedBlock)
+    made = MADE.copy()
+    for part in model.blocks if when == "before" else ():
+        part.gradient_checkpointing = True
+    converted = convert(model)
+    for part in converted.blocks if when == "after" else ():
+        part.gradient_checkpointing = True
+    assert_step(converted)
+    assert made == MADE
+    for part in converted.blocks:
+        part.evaluations = 0
+    square(converted(image())).backward()
+    assert {part.evaluations for part in converted.blocks} == {2}
 
 
 class NormBlock(Block):

@@ -124,7 +124,8 @@ def test_models_that_hold_what_cannot_be_copied(make: Callable[[], Any]) -> None
 
 def test_prepared_by_accelerate() -> None:
     """Mixed precision sets a forward on the instance: reversible all the same."""
-    accelerate = pytest.importorskip("accelerate")
+    import accelerate
+
     model = revify.convert(net(depth=8).float())
     prepared = accelerate.Accelerator(cpu=True, mixed_precision="bf16").prepare(model)
     x = image().float()
@@ -144,7 +145,7 @@ def test_prepared_by_accelerate() -> None:
 @pytest.mark.parametrize("first", ["convert", "adapt"])
 def test_adapters_of_peft(first: str) -> None:
     """Before conversion and after it; the rest stays frozen."""
-    peft = pytest.importorskip("peft")
+    import peft
 
     def adapted(m: nn.Module) -> Any:
         return peft.get_peft_model(m, peft.LoraConfig(target_modules=["l1", "l2"], init_lora_weights=False))
@@ -160,9 +161,9 @@ def test_adapters_of_peft(first: str) -> None:
 @pytest.mark.parametrize("whole", [False, True])
 def test_trained_by_lightning(whole: bool, tmp_path: Path) -> None:
     """The network in a LightningModule, or the LightningModule as a whole: weights are those of stored activations."""
-    lightning = pytest.importorskip("lightning")
+    import lightning
 
-    class Module(lightning.LightningModule):  # type: ignore[misc,name-defined]
+    class Module(lightning.LightningModule):
         def __init__(self, model: nn.Module) -> None:
             super().__init__()
             self.model = model

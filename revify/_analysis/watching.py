@@ -13,6 +13,7 @@ from torch import nn
 
 from revify._analysis.traced import Attributes, Untraceable
 from revify._arguments import CONSTANTS, MISSING, frozen
+from revify._subclasses import CHECKPOINTS, Unannounced
 
 
 @dataclass
@@ -46,6 +47,8 @@ def watched_class(cls: type[nn.Module], notes: Notes) -> type[nn.Module]:
 
     def __getattribute__(self: Any, name: str) -> Any:
         value = super(made, self).__getattribute__(name)
+        if name == CHECKPOINTS:
+            return False  # as in the converted block
         notes.read(self, name, value)
         return value
 
@@ -62,7 +65,8 @@ def watched_class(cls: type[nn.Module], notes: Notes) -> type[nn.Module]:
 
     members = {"__getattribute__": __getattribute__, "__setattr__": __setattr__, "__getattr__": __getattr__}
     members["__module__"] = cls.__module__  # type: ignore[assignment]
-    made: Any = type(cls.__name__, (cls,), members)
+    bases = (cls,) if issubclass(cls, Unannounced) else (Unannounced, cls)  # it may be a converted block's
+    made: Any = type(cls.__name__, bases, members)
     return made  # type: ignore[no-any-return]
 
 

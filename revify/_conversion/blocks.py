@@ -24,6 +24,7 @@ from revify._engine.streams import Shared, Streams, after_heads, merged
 from revify._errors import RevifyError, UnitError
 from revify._paths import joined
 from revify._refusals import reason
+from revify._subclasses import CHECKPOINTS, Unannounced, never_checkpoints
 
 
 class BlockUnit:
@@ -234,7 +235,7 @@ class Converted:
 MODEL = "_revify_model"  # the attribute of a converted model that holds it
 
 
-class ReversibleBlock:
+class ReversibleBlock(Unannounced):
     """Mixed into the class of every module that a conversion changed. Pickled and copied by the user's class."""
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -293,6 +294,8 @@ def reversible_class(cls: type[nn.Module], block: bool, model: bool) -> type[nn.
             return self.__dict__[BLOCK].run(self, args, kwargs)
 
         members["forward"] = forward
+        if hasattr(cls, CHECKPOINTS):
+            members[CHECKPOINTS] = never_checkpoints
     made = type(cls.__name__, (*bases, cls), members)
     made.__qualname__ = cls.__qualname__
     return made

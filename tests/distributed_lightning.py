@@ -1,0 +1,57 @@
+"""A case of distributed_worker.py: Lightning wraps a converted model for two processes by itself."""
+
+from __future__ import annotations
+
+import copy
+import os
+from pathlib import Path
+
+import lightning
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+import revify
+from tests.distributed_net import Net, close
+
+
+class Squares(lightning.LightningModule):
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def training_step(self, x: Tensor, index: int) -> Tensor:
+        return self.network(x).square().mean()  # type: ignore[no-any-return]
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), 0.1)
+
+
+def by_lightning(rank: int, folder: Path) -> None:
+    """Its strategy "ddp", in the process group that is there."""
+    os.environ["LOCAL_RANK"] = str(rank)  # whoever launches the processes says so
+    module = Squares(revify.convert(Net()))
+    start, single = copy.deepcopy(module), copy.deepcopy(module)
+    x = torch.randn(8, 3, 6, 6)
+    trainer = lightning.Trainer(
+        max_steps=3,
+        accelerator="cpu",
+        devices=2,
+        strategy="ddp",
+        use_distributed_sampler=False,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=folder,
+    )
+    trainer.fit(module, DataLoader([x.chunk(2)[rank]] * 3, batch_size=None))  # type: ignore[arg-type]
+    assert trainer.world_size == 2
+    optimizer = single.configure_optimizers()
+    for _ in range(3):
+        optimizer.zero_grad()
+        single.training_step(x, 0).backward()
+        optimizer.step()
+    for (name, p), q, before in zip(module.named_parameters(), single.parameters(), start.parameters(), strict=True):
+        close(p, q, name)
+        assert not torch.equal(p, before), name
