@@ -102,7 +102,7 @@ class Report:
         """The fraction of their activations that the chains keep in any case, so that a smaller ``memory_budget``
         changes nothing; None where no step has been seen."""
         choices = [chain.choice for chain in self.chains]
-        if not choices or None in choices:
+        if not choices or not all(choice is not None and choice.flat for choice in choices):
             return None
         plain: int = sum(choice.plain for choice in choices)
         return min(1.0, self._flat / max(1, plain))

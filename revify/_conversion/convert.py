@@ -115,9 +115,11 @@ def explain(
     analysis = _analyse(model, example_inputs, Form(scheme, entry, exit, tie_shortcuts))
     if example_inputs is None or not analysis.report.chains:
         return analysis.report
-    with random_numbers_kept():  # new layers may be made
-        made = apply(analysis.plan, analysis.root, analysis.report, exact, memory_budget, slices)
-    return with_memory(analysis.report, made, example_inputs)
+    return with_memory(
+        analysis.report,
+        lambda: apply(analysis.plan, analysis.root, analysis.report, exact, memory_budget, slices),
+        example_inputs,
+    )
 
 
 def report(model: nn.Module, example_inputs: Any = None) -> Report:
@@ -142,7 +144,7 @@ def report(model: nn.Module, example_inputs: Any = None) -> Report:
     if example_inputs is None:
         return with_choices(made, held.settings)
     check_fit(model, *arguments(example_inputs))
-    return with_memory(made, model, example_inputs)
+    return with_memory(made, lambda: model, example_inputs)
 
 
 @dataclass(frozen=True)

@@ -28,12 +28,12 @@ from revify._measure import kept_by, tensors_in
 Who = tuple[str, str]  # a kind, and a name: see `Kept`
 
 
-def with_memory(report: Report, converted: nn.Module, example_inputs: Any) -> Report:
-    """Where the model needs values, nothing is known, and the report is as it was."""
+def with_memory(report: Report, make: Callable[[], nn.Module], example_inputs: Any) -> Report:
+    """``make`` gives the converted model. Where it needs values, nothing is known, and the report is as it was."""
     with random_numbers_kept():
         try:
             args, kwargs = arguments(example_inputs)
-            model, args, kwargs = hollow(converted, args, kwargs)
+            model, args, kwargs = hollow(make(), args, kwargs)
             settings: Settings = model.__dict__[MODEL].settings
             given = [*model.parameters(), *model.buffers(), *tensors_in((args, kwargs))]
             without_hooks(model)

@@ -70,7 +70,7 @@ class Choice:
     kept: int
     plain: int
     again: float
-    flat: int
+    flat: int = 0  # where a saved model says nothing of it
 
     @property
     def stored(self) -> int:
