@@ -116,6 +116,23 @@ def test_what_lies_outside_keeps_the_same_and_goes_by_module() -> None:
     assert rows["11"].stored == rows["11"].reversible == 5 * 8 * 4
 
 
+class ActivatedAtTheEnd(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Linear(8, 8) for _ in range(6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = (x + block(x)).relu()
+        return x
+
+
+def test_what_is_kept_at_the_very_end_is_of_the_model() -> None:
+    """The result is merged when forward has returned."""
+    kept = {row.where: row.reversible for row in revify.explain(ActivatedAtTheEnd(), torch.randn(5, 8)).kept}
+    assert kept == {"chain 1": 2 * 5 * 8 * 4, "(model)": 5 * 8 * 4}
+
+
 def test_a_step_shows_the_least_budget() -> None:
     model, x = models.cifar_resnet(14), torch.randn(4, 3, 16, 16)
     report = revify.explain(model, x)

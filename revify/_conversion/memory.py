@@ -66,7 +66,7 @@ def with_choices(report: Report, settings: Settings) -> Report:
 
 def _running(model: nn.Module) -> Callable[[], Who]:
     """Gives the function that says who runs."""
-    running: list[str] = []
+    running = [""]  # the model itself, also where it merges what its forward has returned
 
     def leave() -> None:
         running.pop()
