@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.installed
 ARGS ?=
 
-.PHONY: test test-all mutants demo zoo bench docs release clean
+.PHONY: test test-all mutants demo zoo bench notebooks docs release clean
 
 test: $(READY)  ## The gate: formatting, lint, types, tests, documentation.
 	$(BIN)/python -m ruff format --check .
@@ -31,6 +31,9 @@ zoo: $(READY)  ## What converts of torchvision, timm and transformers; writes do
 
 bench: $(READY)  ## Time and memory of a step, by each engine; writes docs/benchmarks.md (ARGS=--quick: a try).
 	$(BIN)/python -m benchmarks $(ARGS)
+
+notebooks: $(READY)  ## The tutorials as notebooks, from their pages.
+	$(BIN)/python docs/_notebooks.py
 
 docs: $(READY)  ## The documentation, in site/.
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict

@@ -117,9 +117,15 @@ def arguments(example_inputs: Any, name: str = "example_inputs") -> tuple[tuple[
     )
 
 
-def fresh(tree: Any) -> Any:
-    """The tree with copies of its tensors, which have no gradients yet."""
-    return tree_map_only(Tensor, lambda x: x.detach().clone().requires_grad_(x.requires_grad), tree)
+def fresh(tree: Any, dtype: torch.dtype | None = None) -> Any:
+    """The tree with copies of its tensors, which have no gradients yet; floating-point ones in ``dtype``, if one is
+    given."""
+
+    def copied(x: Tensor) -> Tensor:
+        to = dtype if dtype is not None and x.is_floating_point() else x.dtype
+        return x.detach().to(to, copy=True).requires_grad_(x.requires_grad)
+
+    return tree_map_only(Tensor, copied, tree)
 
 
 MISSING = "a missing attribute"

@@ -6,7 +6,7 @@ import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -32,26 +32,37 @@ def kept_bytes(forward: Callable[[], Any], exclude: Iterable[Tensor] = ()) -> in
     """
     if not callable(forward):
         raise RevifyError(f"forward must be a function without arguments, got {type(forward).__name__}.")
+    return sum(kept_by(forward, lambda: None, exclude).values())
+
+
+P = TypeVar("P")
+
+
+def kept_by(forward: Callable[[], Any], who: Callable[[], P], exclude: Iterable[Tensor] = ()) -> dict[P, int]:
+    """`kept_bytes`, by what ``who()`` says when a storage is first saved."""
     excluded = {_storage(x) for x in exclude}
-    alive: dict[int, tuple[int, int]] = {}  # storage -> (bytes, how many saved tensors lie in it)
+    alive: dict[int, tuple[int, P, int]] = {}  # storage -> (bytes, who, how many saved tensors lie in it)
 
     class Saved:
         def __init__(self, tensor: Tensor) -> None:
             # detached: an operation that saves its own result would hold itself
             self.tensor, self.storage = tensor.detach(), _storage(tensor)
-            size, count = alive.get(self.storage, (tensor.untyped_storage().nbytes(), 0))
-            alive[self.storage] = size, count + 1
+            size, first, count = alive.get(self.storage) or (tensor.untyped_storage().nbytes(), who(), 0)
+            alive[self.storage] = size, first, count + 1
 
         def __del__(self) -> None:
-            size, count = alive.pop(self.storage)
+            size, first, count = alive.pop(self.storage)
             if count > 1:
-                alive[self.storage] = size, count - 1
+                alive[self.storage] = size, first, count - 1
 
     with torch.autograd.graph.saved_tensors_hooks(Saved, lambda saved: saved.tensor):
         result = forward()
-    total = sum(size for storage, (size, _) in alive.items() if storage not in excluded)
+    kept: dict[P, int] = {}
+    for storage, (size, first, _) in alive.items():
+        if storage not in excluded:
+            kept[first] = kept.get(first, 0) + size
     del result
-    return total
+    return kept
 
 
 def _storage(tensor: Tensor) -> int:

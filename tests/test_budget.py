@@ -171,7 +171,8 @@ def test_a_converted_model_with_transitions(budget: float, autocast: bool) -> No
     choice, choice_of_flat = (revify.report(m).chains[0].choice for m in (model, flat))
     assert choice is not None
     assert choice_of_flat is not None
-    assert str(choice) in " ".join(str(revify.report(model)).split())
+    assert (str(choice) in " ".join(str(revify.report(model)).split())) == (budget > 0)
+    assert "changes nothing" in str(revify.report(model))
     assert choice.kept <= max(choice_of_flat.kept, budget if budget > 1 else budget * choice.plain)
     if budget == 1:
         assert now == plain  # ahead of the chain too

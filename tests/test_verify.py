@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
@@ -53,10 +52,9 @@ def test_verify_takes_several_inputs_and_outputs() -> None:
     assert revify.verify(chain, torch.randn(2, 4, 5, 5), x2=torch.randn(2, 4, 5, 5)).ok
 
 
-@pytest.mark.parametrize("model", [nn.Linear(1, 1), None])
-def test_verify_needs_a_chain(model: Any) -> None:
-    with pytest.raises(revify.RevifyError, match=r"holds no ReversibleChain|must be a torch.nn.Module"):
-        revify.verify(model, torch.zeros(1))
+def test_verify_needs_a_module() -> None:
+    with pytest.raises(revify.RevifyError, match=r"must be a torch.nn.Module, got NoneType"):
+        revify.verify(None, torch.zeros(1))  # type: ignore[arg-type]
 
 
 class Unsteady(nn.Module):

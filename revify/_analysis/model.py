@@ -85,17 +85,23 @@ class Block:
         """The path of the module in which the unit's addition stands."""
         return joined(self.path, module_path(unit.addition))
 
+    def place(self, addition: fx.Node) -> str:
+        """The path of the module in which an addition stands, and its name."""
+        return joined(self.path, module_path(addition), addition.name)
+
 
 @dataclass
 class Blocks:
     """Attributes:
     blocks: by path, in the order of the model's modules.
     refusals: additions that are not converted, and modules that could not be looked into.
-    notes: what was swallowed by what.
+    swallowed: by a unit's full name, the additions of units inside of its branch.
+    notes: on additions that stay as they are.
     """
 
     blocks: dict[str, Block] = field(default_factory=dict)
     refusals: list[Refusal] = field(default_factory=list)
+    swallowed: dict[str, tuple[str, ...]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
     def drop(self, name: str) -> bool:
@@ -260,6 +266,8 @@ class Analyser:
                     held = [b for p, b in found.blocks.items() if p == path or p.startswith(path + ".")]
                     if held:
                         inside.setdefault(unit.addition.name, []).extend(held)
+        for unit in block.units:
+            found.swallowed[block.full_name(unit)] = tuple(map(block.place, unit.swallowed))
         if not inside:
             found.blocks[block.path] = block
             return
@@ -288,16 +296,12 @@ class Analyser:
             if any(a.units for a in kept):
                 found.blocks[block.path] = Block(block.path, block.module, kept)
             return
-        for held in inside.values():
-            for b in held:
+        for unit in block.units:
+            for b in {b.path: b for b in inside.get(unit.addition.name, [])}.values():
                 found.blocks.pop(b.path, None)
-        names = sorted({b.path for held in inside.values() for b in held})
-        total = sum(len(b.units) for b in {b.path: b for held in inside.values() for b in held}.values())
-        found.notes.append(
-            f"{block.path or 'the model'}: its {len(inside)} "
-            f"{'unit is' if len(inside) == 1 else 'units are'} around {total} smaller ones ({', '.join(names[:4])}"
-            f"{', ...' if len(names) > 4 else ''}), which are evaluated inside of the branches."
-        )
+                for u in b.units:
+                    places = *found.swallowed[b.full_name(u)], b.place(u.addition)
+                    found.swallowed[block.full_name(unit)] += places
         found.blocks[block.path] = block
 
 

@@ -85,7 +85,7 @@ def make_plan(root: nn.Module, found: Blocks, links: Links, form: Form) -> Plan:
     calls = {segment.block.path for chain in links.chains for segment in chain.segments}
     for chain in links.chains:
         last = chain.segments[-1]
-        where = ".".join(filter(None, (last.block.where(last.units[-1]), last.block.name(last.units[-1]))))
+        where = last.block.place(last.units[-1].addition)
         if _weight(chain) <= _WORTHLESS:
             refusals.append(Refusal(where, "saves-nothing", reason("saves-nothing")))
             continue

@@ -33,6 +33,7 @@ class Unit:
         sums: the additions that make up the total, the last one being the total.
         sides: the nodes of the branch whose values are read outside of it too.
         within: the addition, where the unit is a whole block, ``total = branch(z)``, with what follows the addition.
+        swallowed: the additions of units inside of the branch, which it evaluates as they are.
     """
 
     z: fx.Node
@@ -45,6 +46,7 @@ class Unit:
     sums: tuple[fx.Node, ...]
     sides: tuple[fx.Node, ...] = ()
     within: fx.Node | None = None
+    swallowed: tuple[fx.Node, ...] = ()
 
     @property
     def addition(self) -> fx.Node:
@@ -112,17 +114,17 @@ class UnitFinder:
     def _inner_where_better(self, unit: Unit) -> list[Unit]:
         """The units inside of a unit's branch, where converting these leaves less to hold at the peak than the unit
         itself does: two streams, what the widest branch makes when it is evaluated again, and what is stored."""
-        if unit.skip is not None or not any(self.ops.terms(node) for node in unit.branch):
+        if not any(self.ops.terms(node) for node in unit.branch):
             return [unit]
         known = len(self.refusals)
         inner = self._outermost(unit.branch)
-        if inner:
+        if inner and unit.skip is None:
             rest = unit.nodes().difference(*(u.nodes() for u in inner))
             held = 2 + sum(map(self.ops.weight, rest)) + max(self.branch_weight(u) for u in inner)
             if held < 2 + self.branch_weight(unit):
                 return inner
         del self.refusals[known:]
-        return [unit]
+        return [replace(unit, swallowed=tuple(node for u in inner for node in (*u.swallowed, u.total)))]
 
     def branch_weight(self, unit: Unit) -> int:
         return sum(map(self.ops.weight, unit.branch))
@@ -358,7 +360,7 @@ class UnitFinder:
             return unit
         end = path[-1]
         nodes = tuple(sorted(unit.nodes() | set(path), key=self.order.__getitem__))
-        whole = Unit(unit.z, (), end, ((end, 1.0),), nodes, unit.skip, unit.z, (), (), unit.total)
+        whole = Unit(unit.z, (), end, ((end, 1.0),), nodes, unit.skip, unit.z, (), (), unit.total, unit.swallowed)
         return self._with_sides(whole)
 
 

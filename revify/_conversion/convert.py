@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import inspect
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,12 +13,13 @@ from torch import Tensor, nn
 
 from revify._analysis.links import find_links
 from revify._analysis.model import Analyser, Block
-from revify._analysis.observe import observe, random_numbers_kept
+from revify._analysis.observe import check_fit, observe, random_numbers_kept
 from revify._analysis.plan import ChainPlan, Form, Plan, little_saved, make_plan
 from revify._analysis.report import ChainReport, Report, UnitReport
-from revify._arguments import rebound
+from revify._arguments import arguments, rebound
 from revify._conversion.apply import apply
 from revify._conversion.blocks import MODEL, Converted
+from revify._conversion.memory import with_choices, with_memory
 from revify._conversion.trial import as_observed, refusal, trial
 from revify._engine.budget import check_memory_budget
 from revify._engine.chain import check_exact, check_grid, check_slices, settings_of
@@ -102,21 +104,35 @@ def explain(
     slices: int = 1,
     strict: bool = False,
 ) -> Report:
-    """What `convert` with the same arguments would do, as a `Report`; converts nothing. A model that cannot be
-    converted is no error here: its report has no chains.
+    """What `convert` with the same arguments would do, as a `Report`; ``model`` is left as it was. A model that cannot
+    be converted is no error here: its report has no chains. With ``example_inputs`` the report also says what a
+    training step keeps, found out without values, which takes about as long again.
 
     Raises:
         RevifyError: an argument is not as it must be.
     """
     scheme = _check_options(coupling, entry, exit, tie_shortcuts, exact, memory_budget, slices, strict)
-    return _analyse(model, example_inputs, Form(scheme, entry, exit, tie_shortcuts)).report
+    analysis = _analyse(model, example_inputs, Form(scheme, entry, exit, tie_shortcuts))
+    if example_inputs is None or not analysis.report.chains:
+        return analysis.report
+    return with_memory(
+        analysis.report,
+        lambda: apply(analysis.plan, analysis.root, analysis.report, exact, memory_budget, slices),
+        example_inputs,
+    )
 
 
-def report(model: nn.Module) -> Report:
+def report(model: nn.Module, example_inputs: Any = None) -> Report:
     """The `Report` of a converted model.
 
+    Args:
+        model: what `convert` returned.
+        example_inputs: a tensor, a tuple of positional inputs or a dict of keyword inputs, of which shapes and dtypes
+            matter: the report also says what a training step on them keeps, found out without values. Without them it
+            says what is known of the chains since a step was made with a memory budget.
+
     Raises:
-        RevifyError: the model was not made by `convert`.
+        RevifyError: the model was not made by `convert`, or the inputs do not fit it.
     """
     held = model.__dict__.get(MODEL) if isinstance(model, nn.Module) else None
     if not isinstance(held, Converted):
@@ -124,9 +140,11 @@ def report(model: nn.Module) -> Report:
             f"model must be a model that convert returned, got {type(model).__name__}. "
             "For a model that is not converted, use explain."
         )
-    choices = {name: planner.last for name, planner in held.settings.planners.items()}
     made: Report = held.report
-    return replace(made, chains=tuple(replace(c, choice=choices.get(c.name)) for c in made.chains))
+    if example_inputs is None:
+        return with_choices(made, held.settings)
+    check_fit(model, *arguments(example_inputs))
+    return with_memory(made, lambda: model, example_inputs)
 
 
 @dataclass(frozen=True)
@@ -163,7 +181,7 @@ def _analysed(root: nn.Module, example_inputs: Any, form: Form) -> _Analysis:
     name = type(root).__name__
     if not plan.chains and not refusals:
         refusals = (Refusal(name, "no-additions", reason("no-additions")),)
-    chains = tuple(_chain_report(chain, form) for chain in plan.chains)
+    chains = tuple(_chain_report(chain, form, found.swallowed) for chain in plan.chains)
     return _Analysis(
         root,
         plan,
@@ -230,14 +248,11 @@ def check_plain(model: nn.Module) -> None:
         )
 
 
-def _chain_report(plan: ChainPlan, form: Form) -> ChainReport:
+def _chain_report(plan: ChainPlan, form: Form, swallowed: Mapping[str, Sequence[str]]) -> ChainReport:
+    units = ((segment.block, unit) for segment in plan.chain.segments for unit in segment.units)
     return ChainReport(
         plan.name,
-        tuple(
-            UnitReport(segment.block.name(unit), unit.kind, segment.block.where(unit))
-            for segment in plan.chain.segments
-            for unit in segment.units
-        ),
+        tuple(UnitReport(b.name(u), u.kind, b.where(u), tuple(swallowed[b.full_name(u)])) for b, u in units),
         "duplicate" if plan.entry is None else "widen",
         "concat" if plan.exit is not None else "last" if form.scheme.of_last else "mean",
     )

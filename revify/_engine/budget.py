@@ -62,6 +62,7 @@ class Choice:
         kept: the bytes kept between forward and backward.
         plain: the bytes that plain autograd keeps.
         again: the part of the forward pass's work that the backward pass does again.
+        flat: the bytes kept with a budget of 0.
     """
 
     keep: tuple[tuple[int, ...], ...]
@@ -69,6 +70,7 @@ class Choice:
     kept: int
     plain: int
     again: float
+    flat: int = 0  # where a saved model says nothing of it
 
     @property
     def stored(self) -> int:
@@ -93,9 +95,10 @@ def choose(costs: Sequence[Cost], budget: float) -> Choice:
     """The least work that the backward pass does again with ``budget`` bytes. Where the updates that are
     inverted end, their state is kept. If the budget is too small for anything, everything is inverted."""
     plain = sum(cost.stored for cost in costs)
+    flat = sum(cost.flat for cost in costs) + costs[-1].state if costs else 0
     work = sum(cost.work for cost in costs) or 1.0
     if budget >= plain:
-        return Choice((), len(costs), plain, plain, 0.0)
+        return Choice((), len(costs), plain, plain, 0.0, flat)
     outputs = [(i, output) for i, cost in enumerate(costs) for output in cost.outputs]
     outputs.sort(key=lambda item: (-item[1].work / item[1].bytes, -item[0]))
     best: Choice | None = None
@@ -112,7 +115,7 @@ def choose(costs: Sequence[Cost], budget: float) -> Choice:
                 kept += output.bytes
                 again -= output.work
         if best is None or again / work < best.again:
-            best = Choice(tuple(tuple(sorted(n)) for n in keep), len(costs), kept, plain, again / work)
+            best = Choice(tuple(tuple(sorted(n)) for n in keep), len(costs), kept, plain, again / work, flat)
     assert best is not None
     return best
 
