@@ -32,14 +32,14 @@ def kept_bytes(forward: Callable[[], Any], exclude: Iterable[Tensor] = ()) -> in
     """
     if not callable(forward):
         raise RevifyError(f"forward must be a function without arguments, got {type(forward).__name__}.")
-    return sum(kept_by(forward, lambda: None, exclude).values())
+    return sum(kept_by(forward, lambda _: None, exclude).values())
 
 
 P = TypeVar("P")
 
 
-def kept_by(forward: Callable[[], Any], who: Callable[[], P], exclude: Iterable[Tensor] = ()) -> dict[P, int]:
-    """`kept_bytes`, by what ``who()`` says when a storage is first saved."""
+def kept_by(forward: Callable[[], Any], who: Callable[[Tensor], P], exclude: Iterable[Tensor] = ()) -> dict[P, int]:
+    """`kept_bytes`, by what ``who(tensor)`` says when a storage is first saved."""
     excluded = {_storage(x) for x in exclude}
     alive: dict[int, tuple[int, P, int]] = {}  # storage -> (bytes, who, how many saved tensors lie in it)
 
@@ -47,7 +47,7 @@ def kept_by(forward: Callable[[], Any], who: Callable[[], P], exclude: Iterable[
         def __init__(self, tensor: Tensor) -> None:
             # detached: an operation that saves its own result would hold itself
             self.tensor, self.storage = tensor.detach(), _storage(tensor)
-            size, first, count = alive.get(self.storage) or (tensor.untyped_storage().nbytes(), who(), 0)
+            size, first, count = alive.get(self.storage) or (tensor.untyped_storage().nbytes(), who(tensor), 0)
             alive[self.storage] = size, first, count + 1
 
         def __del__(self) -> None:
@@ -63,6 +63,10 @@ def kept_by(forward: Callable[[], Any], who: Callable[[], P], exclude: Iterable[
             kept[first] = kept.get(first, 0) + size
     del result
     return kept
+
+
+def in_one_storage(a: Tensor, b: Tensor) -> bool:
+    return _storage(a) == _storage(b)
 
 
 def _storage(tensor: Tensor) -> int:

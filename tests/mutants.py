@@ -536,8 +536,8 @@ MUTANTS = [
     mutant(
         "the state where inversion ends costs nothing",
         "budget.py",
-        "kept = costs[inverted - 1].state",
-        "kept = 0",
+        "return sum(ends) + ",
+        "return ",
         "test_budget.py -k 'saves_more or keeps_to'",
     ),
     mutant(

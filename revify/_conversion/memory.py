@@ -14,7 +14,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from revify._analysis.observe import hollow, mode_of, random_numbers_kept, without_hooks
 from revify._analysis.report import Kept, Report
@@ -64,7 +64,7 @@ def with_choices(report: Report, settings: Settings) -> Report:
     return replace(report, chains=tuple(replace(c, choice=choices.get(c.name)) for c in report.chains))
 
 
-def _running(model: nn.Module) -> Callable[[], Who]:
+def _running(model: nn.Module) -> Callable[[Tensor], Who]:
     """Gives the function that says who runs."""
     running = [""]  # the model itself, also where it merges what its forward has returned
 
@@ -75,7 +75,7 @@ def _running(model: nn.Module) -> Callable[[], Who]:
         if not isinstance(module, torch.jit.ScriptModule):
             module.register_forward_pre_hook(lambda *_, path=path: running.append(path))
             module.register_forward_hook(lambda *_: leave())
-    return lambda: _of_the_engine() or ("module", running[-1])
+    return lambda _: _of_the_engine() or ("module", running[-1])
 
 
 def _of_the_engine() -> Who | None:

@@ -42,6 +42,7 @@ class Cost:
         stored: the bytes that plain autograd keeps for it.
         flat: the bytes that are kept where it is inverted: none, but at a transition.
         state: the bytes of both streams after it.
+        ends: whether a run of updates ends with it, whose state is then kept in any case.
         outputs: what may be kept of its branch.
     """
 
@@ -50,6 +51,7 @@ class Cost:
     flat: int
     state: int
     outputs: tuple[Output, ...]
+    ends: bool = False
 
 
 @dataclass(frozen=True)
@@ -95,7 +97,7 @@ def choose(costs: Sequence[Cost], budget: float) -> Choice:
     """The least work that the backward pass does again with ``budget`` bytes. Where the updates that are
     inverted end, their state is kept. If the budget is too small for anything, everything is inverted."""
     plain = sum(cost.stored for cost in costs)
-    flat = sum(cost.flat for cost in costs) + costs[-1].state if costs else 0
+    flat = _kept(costs, len(costs))
     work = sum(cost.work for cost in costs) or 1.0
     if budget >= plain:
         return Choice((), len(costs), plain, plain, 0.0, flat)
@@ -103,8 +105,7 @@ def choose(costs: Sequence[Cost], budget: float) -> Choice:
     outputs.sort(key=lambda item: (-item[1].work / item[1].bytes, -item[0]))
     best: Choice | None = None
     for inverted in sorted({round(len(costs) * k / _TRIES) for k in range(1, _TRIES + 1)}, reverse=True):
-        kept = costs[inverted - 1].state
-        kept += sum(c.flat for c in costs[:inverted]) + sum(c.stored for c in costs[inverted:])
+        kept = _kept(costs, inverted)
         if best is not None and kept > budget:
             break
         again = sum(c.work for c in costs[:inverted])
@@ -118,6 +119,12 @@ def choose(costs: Sequence[Cost], budget: float) -> Choice:
             best = Choice(tuple(tuple(sorted(n)) for n in keep), len(costs), kept, plain, again / work, flat)
     assert best is not None
     return best
+
+
+def _kept(costs: Sequence[Cost], inverted: int) -> int:
+    """The bytes, where the first ``inverted`` updates are inverted and the others stored."""
+    ends = (c.state for i, c in enumerate(costs[:inverted], start=1) if c.ends or i == inverted)
+    return sum(ends) + sum(c.flat for c in costs[:inverted]) + sum(c.stored for c in costs[inverted:])
 
 
 class Budget:

@@ -8,7 +8,7 @@ processor does while it moves a byte.
 from __future__ import annotations
 
 import sys
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,15 +17,22 @@ from revify._engine.budget import Output
 from revify._engine.evaluation import Evaluation
 from revify._engine.kept_outputs import Recording, tensors_of
 from revify._engine.region import Function
-from revify._measure import kept_bytes, tensors_in
+from revify._measure import in_one_storage, kept_by, tensors_in
 
 FLOPS_PER_BYTE = 20
 OVERHEAD = 1e6  # of keeping an output, in bytes moved: looking at the operations around it
 
 
-def measure(function: Function, x: Tensor, *context: Any) -> tuple[Tensor, float, int, tuple[Output, ...]]:
-    """``function(x, *context)``; the work, the bytes that plain autograd keeps where everything needs a gradient, and
-    the outputs that may be kept instead."""
+class Kept(NamedTuple):
+    """Bytes: of what a function makes, and of its input, 0 where it does not keep that."""
+
+    own: int
+    input: int
+
+
+def measure(function: Function, x: Tensor, *context: Any) -> tuple[Tensor, float, Kept, tuple[Output, ...]]:
+    """``function(x, *context)``; the work, what plain autograd keeps where everything needs a gradient, and the outputs
+    that may be kept instead."""
     f = Evaluation(function)
     # detached, so that no hook on a parameter sees a gradient
     tensors = [_leaf(w) for w in f.tensors]
@@ -39,14 +46,14 @@ def measure(function: Function, x: Tensor, *context: Any) -> tuple[Tensor, float
         results.append(y.detach())
         return y
 
-    kept = kept_bytes(forward, exclude=tensors)
+    kept = kept_by(forward, lambda tensor: in_one_storage(tensor, x), exclude=tensors)
     outputs = []
     for number, (_, _, given) in enumerate(counting.tape().entries):
         size = sum(t.nbytes for t in tensors_of(given))
         saved = counting.works[number] - size - OVERHEAD  # what was kept must be fetched
         if size and saved > 0:
             outputs.append(Output(number, size, saved))
-    return results[0], counting.work, kept, tuple(outputs)
+    return results[0], counting.work, Kept(kept.get(False, 0), kept.get(True, 0)), tuple(outputs)
 
 
 class _Counting(Recording):

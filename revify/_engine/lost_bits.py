@@ -32,5 +32,10 @@ def unpacked(given: Tensor, bits: int, shape: torch.Size) -> Tensor:
     return given[: shape.numel()].view(shape)
 
 
+def bytes_of(bits: int, count: int) -> int:
+    """Those of that many values, `packed`."""
+    return -(-count * _width(bits) // 8) if bits else 0
+
+
 def _width(bits: int) -> int:
     return next(width for width in (1, 2, 4, 8) if bits <= width)

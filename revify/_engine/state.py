@@ -8,6 +8,7 @@ mapped alone where none follows. After it the turn is stream 1's again.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -53,6 +54,8 @@ class State:
         self.guarded = False
         self.extent: Extent | None = None  # of the run of updates since the guard, in the exact mode
         self.tail: Tail | None = None  # of the last update
+        self.ahead = 0  # bytes kept ahead of the first update
+        self.saved = {1: False, 2: False}  # whether a branch would keep the value, where costs are measured
 
     @classmethod
     def of(
@@ -99,6 +102,7 @@ class State:
         state.grid = dict(self.grid)
         state.writes, state.waiting, state.index, state.extent = self.writes, self.waiting, self.index, self.extent
         state.first, state.growth, state.kept_one = self.first, self.growth, self.kept_one
+        state.ahead, state.saved = self.ahead, dict(self.saved)
         return state
 
     def identity(
@@ -127,6 +131,10 @@ class State:
         run = self.run
         self._release()
         x = self.merged()
+        if run.costs:
+            run.costs[-1] = replace(run.costs[-1], ends=True, stored=run.costs[-1].stored + x.nbytes)
+        elif not self.index:
+            self.ahead = x.nbytes
         result = recomputed(f, x, run.settings, *context)
         y, sides = (result[0], result[1:]) if sides_of(f) else (result, ())
         self._enter(y, y)
@@ -286,6 +294,7 @@ class State:
         keeps = skip is None and shadows is not None and self.keeps(numbers)
         measures = run.costs is not None
         turn = Turn(name, run.coupling, self.x[p], grid, rule, numbers, shadows, keep, keeps, measures, slices)
+        turn.p_is_saved, turn.q_is_saved = self.saved[p], self.saved[q]
         with casts_not_shared():
             self._take(turn, writes, skip, f, context, through)
         if self.tail is not None:
@@ -299,7 +308,10 @@ class State:
         elif self.index % _LOOKS == 0:
             self._note_extent()
         if run.costs is not None:
-            run.costs.append(turn.cost)
+            cost, ahead = turn.cost, 0 if run.costs else self.ahead
+            run.costs.append(replace(cost, flat=cost.flat + ahead, stored=cost.stored + ahead))
+            one_copy = run.coupling.inside == run.coupling.state  # what branches read is the stream itself
+            self.saved = {p: False, q: turn.q_is_saved and one_copy}
         return turn.sides
 
 

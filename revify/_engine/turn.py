@@ -13,6 +13,7 @@ from revify._engine.budget import Cost, Output
 from revify._engine.costs import measure
 from revify._engine.coupling import Coupling
 from revify._engine.evaluation import Evaluation
+from revify._engine.lost_bits import bytes_of
 from revify._engine.region import Function, mixed, sides_of
 from revify._engine.slices import Slices, evaluated
 from revify._engine.surroundings import random_state_kept
@@ -35,6 +36,8 @@ class Turn:
         keep: the operations of the branch whose outputs to keep, by number.
         keeps: whether p is kept for the backward pass, which then need not reconstruct it.
         measures: whether to find out the update's cost as well, which becomes ``cost``.
+        p_is_saved: whether a branch that has read p would keep it, under plain autograd.
+        q_is_saved: the same of q; afterwards, where it is measured, with this branch.
         slices: those in which the branch goes through the batch, or None.
         tail: filled afterwards with the state, until another update takes it.
         sides: afterwards, what the branch returned besides the first value.
@@ -42,6 +45,7 @@ class Turn:
 
     cost: Cost
     sides: Sequence[Any] = ()
+    p_is_saved = q_is_saved = False
 
     def __init__(
         self,
@@ -131,16 +135,17 @@ def _cost(
     r = turn.p
     if skip is not None:
         assert p_in is not None
-        s, work, stored, _ = measure(skip, p_in)
-        r, flat = s, turn.p.nbytes
+        s, work, kept, _ = measure(skip, p_in)
+        r, flat, stored = s, turn.p.nbytes, kept.own + (0 if turn.p_is_saved else kept.input)
     if f is not None:
-        _, f_work, f_stored, outputs = measure(f, q_in, *(x if isinstance(x, Tensor) else snapshot(x) for x in context))
-        work, stored = work + f_work, stored + f_stored
+        _, f_work, kept, outputs = measure(f, q_in, *(x if isinstance(x, Tensor) else snapshot(x) for x in context))
+        work, stored = work + f_work, stored + kept.own + (0 if turn.q_is_saved else kept.input)
+        turn.q_is_saved = turn.q_is_saved or kept.input > 0
     size = torch.empty((), dtype=turn.coupling.state).element_size()
     if turn.keeps:
         flat = turn.p.nbytes
     elif skip is None and turn.grid is not None:
-        flat = turn.numbers.bits * turn.p.numel() // 8
+        flat = bytes_of(turn.numbers.bits, turn.p.numel())
     return Cost(work, stored, flat, (r.numel() + q_in.numel()) * size, outputs)
 
 
