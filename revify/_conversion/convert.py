@@ -42,7 +42,7 @@ def convert(
     slices: int = 1,
     strict: bool = False,
 ) -> nn.Module:
-    """Returns the reversible form of a residual network; ``model`` is left as it was.
+    """Makes a reversible network of a residual one; ``model`` is left as it was.
 
     The new model has copies of the same parameters under the same names, and computes a *different function* of
     them: each chain of residual additions runs in two streams (Gomez et al. 2017). Its training step keeps
@@ -72,6 +72,9 @@ def convert(
         slices: in how many parts the batch goes through each branch that treats the samples apart; see
             `ReversibleChain`. Less memory at the peak; 1 is the batch as it is.
         strict: refuse the whole model where any unit is refused.
+
+    Returns:
+        An instance of a class made of the model's own, on the same device.
 
     Raises:
         NotConvertibleError: no unit can be converted, or, with ``strict``, not every one; lists each reason.
@@ -108,6 +111,21 @@ def explain(
     be converted is no error here: its report has no chains. With ``example_inputs`` the report also says what a
     training step keeps, found out without values, which takes about as long again.
 
+    Args:
+        model: any module.
+        example_inputs: as for `convert`.
+        coupling: as for `convert`, as the others are too.
+        entry: how the two streams begin.
+        exit: how they end.
+        tie_shortcuts: whether both streams share the projections of a transition.
+        exact: whether the state runs on a grid.
+        memory_budget: what the chains may keep.
+        slices: in how many parts the batch goes through a branch.
+        strict: changes nothing here; `convert` would refuse the model where ``refusals`` are listed.
+
+    Returns:
+        The report.
+
     Raises:
         RevifyError: an argument is not as it must be.
     """
@@ -130,6 +148,9 @@ def report(model: nn.Module, example_inputs: Any = None) -> Report:
         example_inputs: a tensor, a tuple of positional inputs or a dict of keyword inputs, of which shapes and dtypes
             matter: the report also says what a training step on them keeps, found out without values. Without them it
             says what is known of the chains since a step was made with a memory budget.
+
+    Returns:
+        The report of its conversion.
 
     Raises:
         RevifyError: the model was not made by `convert`, or the inputs do not fit it.

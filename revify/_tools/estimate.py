@@ -115,6 +115,9 @@ def estimate(
             CPU for the meta device. A GPU can be predicted for where PyTorch finds one.
         options: those of `convert`.
 
+    Returns:
+        Both steps' memory, in bytes.
+
     Raises:
         NotConvertibleError: as `convert` does.
         RevifyError: an argument is not as it must be, or the model reads the values of tensors.

@@ -31,6 +31,9 @@ def options_that_fit(model: nn.Module, example_inputs: Any, memory: int, **optio
             taken off before.
         options: others of `convert` and `estimate`; those of `convert` are in the result too.
 
+    Returns:
+        Keyword arguments for `convert`.
+
     Raises:
         RevifyError: an argument is not as it must be; or nothing fits, and the message says what the least is.
         NotConvertibleError: as `convert` does.

@@ -13,7 +13,12 @@ _FIRST = 8  # tried first
 
 @dataclass(frozen=True)
 class Largest:
-    """The largest n that fits, of the model as it is and of its conversion; 0 where even 1 does not."""
+    """The largest n that fits.
+
+    Attributes:
+        plain: of the model as it is; 0 where even 1 does not fit.
+        reversible: of its conversion.
+    """
 
     plain: int
     reversible: int
@@ -41,6 +46,9 @@ def largest_that_fits(at: Callable[[int], Estimate], memory: int, *, limit: int 
         at: the `Estimate` for n, a positive integer.
         memory: in bytes. What an estimate does not count (`estimate` says what) is to be taken off before.
         limit: where the search ends; a result that is as large stands for "or more".
+
+    Returns:
+        Both numbers.
 
     Raises:
         RevifyError: an argument is not as it must be.

@@ -67,6 +67,10 @@ class Dr2Schedule:
         return {"done": self.done, "steps": self.steps, "start": self.start, "end": self.end}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes on where the schedule was that gave ``state``."""
+        """Goes on where another schedule was.
+
+        Args:
+            state: what its `state_dict` gave.
+        """
         self.done, self.steps, self.start, self.end = (state[k] for k in ("done", "steps", "start", "end"))
         self._set()

@@ -44,6 +44,8 @@ class Step:
 def check_step(model: nn.Module, loss: Loss | None, autocast: torch.dtype | None) -> None:
     if not isinstance(model, nn.Module):
         raise RevifyError(f"model must be a torch.nn.Module, got {type(model).__name__}.")
+    if torch.is_inference_mode_enabled():
+        raise RevifyError("a training step cannot run inside torch.inference_mode(): call this outside of it.")
     if autocast is not None and not isinstance(autocast, torch.dtype):
         raise RevifyError(f"autocast must be a torch.dtype or None, got {autocast!r}.")
     if loss is not None and not callable(loss):

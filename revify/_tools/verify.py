@@ -101,8 +101,15 @@ def verify(model: nn.Module, *inputs: Any, **kwargs: Any) -> Verification:
     a thousandth of the gradient on. What has another gradient on purpose (a straight-through estimator, a reversed
     gradient) is not ok then.
 
-    The inputs are those of the model. It runs on a copy: parameters, gradients, buffers and random state are left as
-    they were.
+    It runs on a copy: parameters, gradients, buffers and random state are left as they were.
+
+    Args:
+        model: any module.
+        *inputs: of its forward.
+        **kwargs: of its forward.
+
+    Returns:
+        The errors, and whether they are ``ok``.
 
     Raises:
         RevifyError: an argument is not as it must be; a model without a chain has nothing to train, gives other results
