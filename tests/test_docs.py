@@ -196,6 +196,24 @@ def test_figures_of_the_choice_are_those_of_the_benchmarks() -> None:
         assert f"{times[0]:.1f} to {times[-1]:.1f} of the time" in (ROOT / file).read_text()
 
 
+def test_random_cases_are_as_many_as_the_page_says() -> None:
+    source = (ROOT / "tests" / "test_properties.py").read_text()
+    cases = [int(n) for n in re.findall(r"max_examples=(\d+) \* MANY", source)]
+    many = int(re.search(r"^MANY = (\d+) if", source, re.MULTILINE)[1])  # type: ignore[index]
+    said = f"draws {sum(cases)} random networks, chains and inputs, the same every time, {cases[0]} of them"
+    page = " ".join((ROOT / "docs" / "exactness.md").read_text().split())
+    assert said in page
+    assert f"`make test-all` {sum(cases) * many:,} new ones" in page
+
+
+def test_what_the_readme_says_is_needed() -> None:
+    needed = [line for line in metadata("revify").get_all("Requires-Dist") or () if "extra ==" not in line]
+    python = metadata("revify")["Requires-Python"].removeprefix(">=")
+    assert [line.split(">=")[0] for line in needed] == ["torch"]
+    said = f"Python {python} or newer; PyTorch {needed[0].split('>=')[1]} or newer is the only dependency"
+    assert said in (ROOT / "README.md").read_text()
+
+
 def test_every_public_name_is_in_the_reference() -> None:
     listed = set(re.findall(r"^::: revify\.([\w.]+)$", (ROOT / "docs" / "api.md").read_text(), re.MULTILINE))
     public = {*revify.__all__} - {"models"}
