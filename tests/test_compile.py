@@ -495,6 +495,24 @@ def test_what_cannot_be_repeated_is_refused(noise: Callable[[Tensor], Tensor], n
         compiled(ReversibleChain([Noise(noise)]))(x, x)
 
 
+class Attentive(nn.Module):
+    """Returns the weights of its attention too, as ``output_attentions=True`` asks for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attend = nn.MultiheadAttention(4, 2, batch_first=True)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        y, weights = self.attend(x, x, x)
+        return x + y, weights
+
+
+def test_attention_weights_are_refused() -> None:
+    model = revify.convert(Attentive())
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="output_attentions=False, say"):
+        compiled(model)(torch.randn(2, 3, 4))
+
+
 @pytest.mark.parametrize(
     "noise",
     [torch.rand_like, *([lambda x: torch.randn(x.shape, dtype=x.dtype)] if VERSION < (2, 12) else [])],

@@ -16,7 +16,8 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
-from revify import cli
+import revify
+from revify import cli, plot
 from revify._refusals import REASONS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -170,6 +171,80 @@ def test_how_many_models_convert_is_what_the_table_says() -> None:
     assert f"{counts['All families']} models" in (ROOT / "README.md").read_text()
     page = (ROOT / "docs" / "libraries.md").read_text()
     assert f"{counts['timm']} of timm's, {counts['transformers']} of transformers'" in page
+    assert f"{counts['All families'].split()[-1]} models" in (ROOT / "docs" / "llms.txt").read_text()
+
+
+def test_figures_of_the_choice_are_those_of_the_benchmarks() -> None:
+    """Of a C library that keeps freed memory: each model's time and peak, and the least and the greatest time."""
+    tables = re.split(r"^## ", (ROOT / "docs" / "benchmarks.md").read_text(), flags=re.MULTILINE)
+    row = r"^\| {} \| ([\d.]+) \|[^|]*\| ([\d,]+ MB) \|"
+    figures = [
+        tuple(re.search(row.format(engine), table, re.MULTILINE).groups() for engine in engines)
+        for engines in (("revify", "checkpoint, each block"), ("revify", "checkpoint, each coupling"))
+        for table in tables
+        if "with a C library that keeps freed memory" in table.split("\n")[0] and f"| {engines[1]} |" in table
+    ]
+    assert len(figures) == 5
+    page = (ROOT / "docs" / "which-method.md").read_text()
+    for (time, peak), (other_time, other_peak) in figures:
+        assert f"| {time} | {peak} | {other_time} | {other_peak} |" in page
+    for engine in (0, 1):
+        times = sorted(figure[engine][0] for figure in figures)
+        assert f"one more forward pass: {times[0]} to {times[-1]} |" in page
+    times = sorted(float(figure[0][0]) for figure in figures)
+    for file in ("README.md", "docs/llms.txt"):
+        assert f"{times[0]:.1f} to {times[-1]:.1f} of the time" in (ROOT / file).read_text()
+
+
+def test_random_cases_are_as_many_as_the_page_says() -> None:
+    source = (ROOT / "tests" / "test_properties.py").read_text()
+    cases = [int(n) for n in re.findall(r"max_examples=(\d+) \* MANY", source)]
+    many = int(re.search(r"^MANY = (\d+) if", source, re.MULTILINE)[1])  # type: ignore[index]
+    said = f"draws {sum(cases)} random networks, chains and inputs, the same every time, {cases[0]} of them"
+    page = " ".join((ROOT / "docs" / "exactness.md").read_text().split())
+    assert said in page
+    assert f"`make test-all` {sum(cases) * many:,} new ones" in page
+
+
+def test_what_the_readme_says_is_needed() -> None:
+    needed = [line for line in metadata("revify").get_all("Requires-Dist") or () if "extra ==" not in line]
+    python = metadata("revify")["Requires-Python"].removeprefix(">=")
+    assert [line.split(">=")[0] for line in needed] == ["torch"]
+    said = f"Python {python} or newer; PyTorch {needed[0].split('>=')[1]} or newer is the only dependency"
+    assert said in (ROOT / "README.md").read_text()
+
+
+def test_every_public_name_is_in_the_reference() -> None:
+    listed = set(re.findall(r"^::: revify\.([\w.]+)$", (ROOT / "docs" / "api.md").read_text(), re.MULTILINE))
+    public = {*revify.__all__} - {"models"}
+    public |= {f"{part.__name__.split('.')[1]}.{name}" for part in (revify.models, plot) for name in part.__all__}
+    assert public <= listed
+    assert not {name for name in listed - public if not name.startswith("_")}
+
+
+def test_files_and_targets_that_are_named_in_a_sentence_exist() -> None:
+    targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    for page in PAGES:
+        for words in re.findall(r"`([^`\n]+)`", FENCE.sub("", page.read_text())):
+            if found := re.match(r"make ([a-z][\w-]*)", words):
+                assert found[1] in targets, (page.name, words)
+            elif found := re.match(r"python -m ((?:benchmarks|tests|zoo)[\w.]*)", words):
+                module = ROOT / found[1].replace(".", "/")
+                assert module.is_dir() or module.with_suffix(".py").exists(), (page.name, words)
+            elif re.fullmatch(r"(tests|examples|zoo|docs)/\w+\.py", words):
+                assert (ROOT / words).exists(), (page.name, words)
+
+
+def test_the_picture_of_the_floors_is_that_of_the_files() -> None:
+    text = (ROOT / "docs" / "architecture.md").read_text()
+    picture = fences(text)[0].source
+    package = ROOT / "revify"
+    lowest = re.findall(r"\b_\w+", picture[picture.index("floor 0") :])
+    assert sorted(lowest) == sorted(file.stem for file in package.glob("_[a-z]*.py"))
+    above = re.findall(r"\w+", picture[: picture.index("floor 0")])
+    assert {p.name for p in package.iterdir() if p.is_dir() and p.name != "__pycache__"} <= set(above)
+    for name in re.findall(r"`(_(?:analysis|engine|conversion|tools)/\w+)`", text):
+        assert (package / name).is_dir() or (package / f"{name}.py").exists(), name
 
 
 # Where a reader looks for these words, the page is to be found: its title, or a heading on it, has them.

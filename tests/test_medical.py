@@ -9,7 +9,7 @@ import pytest
 import torch
 from monai.inferers import sliding_window_inference
 from monai.losses import DiceCELoss
-from monai.networks.nets import UNETR, DynUNet, SegResNet
+from monai.networks.nets import UNETR, DynUNet, SegResNet, SwinUNETR, UNet, ViT
 from torch import nn
 
 import revify
@@ -55,3 +55,17 @@ def test_networks_of_monai(name: str) -> None:
         first = model(scan[:, :, :SIZE])
     assert whole.shape == (1, 2, SIZE + 8, SIZE, SIZE)  # type: ignore[union-attr]
     torch.testing.assert_close(whole[:, :, :8], first[:, :, :8])  # type: ignore[call-overload,index]
+
+
+OTHERS: dict[str, tuple[Callable[[], nn.Module], list[int]]] = {
+    "SwinUNETR": (lambda: SwinUNETR(in_channels=1, out_channels=2, feature_size=12), [1] * 10 + [4] * 4),
+    "UNet": (lambda: UNet(3, 1, 2, channels=(4, 8, 16), strides=(2, 2), num_res_units=2), [1, 3]),
+    "ViT": (lambda: ViT(1, (SIZE,) * 3, (8,) * 3, hidden_size=24, mlp_dim=48, num_layers=4, num_heads=2), [8]),
+}
+
+
+@pytest.mark.parametrize("name", ["UNet", "ViT", pytest.param("SwinUNETR", marks=pytest.mark.slow)])
+def test_units_of_others(name: str) -> None:
+    make, units = OTHERS[name]
+    report = revify.explain(make())
+    assert sorted(len(chain.units) for chain in report.chains) == units

@@ -167,7 +167,7 @@ def _device_for(model: nn.Module, device: torch.device | str | None) -> torch.de
     if found.type != "cpu" and (accelerator is None or found.type != accelerator.type):
         raise RevifyError(
             f"device {str(found)!r} cannot be predicted for, since PyTorch finds none here. "
-            "Leave device out: the CPU's figures are near those of a GPU."
+            "Leave device out, for the figures of the device that the model is on."
         )
     return found
 
