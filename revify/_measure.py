@@ -40,13 +40,13 @@ P = TypeVar("P")
 
 def kept_by(forward: Callable[[], Any], who: Callable[[Tensor], P], exclude: Iterable[Tensor] = ()) -> dict[P, int]:
     """`kept_bytes`, by what ``who(tensor)`` says when a storage is first saved."""
-    excluded = {_storage(x) for x in exclude}
+    excluded = {storage_of(x) for x in exclude}
     alive: dict[int, tuple[int, P, int]] = {}  # storage -> (bytes, who, how many saved tensors lie in it)
 
     class Saved:
         def __init__(self, tensor: Tensor) -> None:
             # detached: an operation that saves its own result would hold itself
-            self.tensor, self.storage = tensor.detach(), _storage(tensor)
+            self.tensor, self.storage = tensor.detach(), storage_of(tensor)
             size, first, count = alive.get(self.storage) or (tensor.untyped_storage().nbytes(), who(tensor), 0)
             alive[self.storage] = size, first, count + 1
 
@@ -65,11 +65,8 @@ def kept_by(forward: Callable[[], Any], who: Callable[[Tensor], P], exclude: Ite
     return kept
 
 
-def in_one_storage(a: Tensor, b: Tensor) -> bool:
-    return _storage(a) == _storage(b)
-
-
-def _storage(tensor: Tensor) -> int:
+def storage_of(tensor: Tensor) -> int:
+    """Tells storages apart, as long as they live."""
     return int(tensor.untyped_storage()._cdata)
 
 
@@ -150,7 +147,7 @@ class Storages(TorchDispatchMode):
 
     def life(self, tensor: Tensor) -> Life | None:
         """That of the storage that the tensor lies in."""
-        return self._known.get(_storage(tensor))
+        return self._known.get(storage_of(tensor))
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         for tensor in tensors_in((args, kwargs)):

@@ -23,8 +23,6 @@ KNOWN = {
     "two blocks could not be seen",
     r"test_forward_set_on_a_norm_in_a_branch\[example-before": "the closure of an instance's forward over another",
     r"test_forward_set_on_a_block$": "forward set on a converted block goes past the reversible one",
-    r"test_units_inside_of_a_branch_are_reported\[<lambda>1": "a single addition inside of a branch of the same "
-    "forward is not listed",
     r"test_module_wrap_policy": "the first FSDP puts plain views in the place of parameters, which no list holds",
     r"test_messages_of_assertions_hold_the_size|test_the_size_of_an_image_in_the_message": "the message of a recorded "
     "assertion is made while tracing",

@@ -17,7 +17,7 @@ from revify._engine.budget import Output
 from revify._engine.evaluation import Evaluation
 from revify._engine.kept_outputs import Recording, tensors_of
 from revify._engine.region import Function
-from revify._measure import in_one_storage, kept_by, tensors_in
+from revify._measure import kept_by, storage_of, tensors_in
 
 FLOPS_PER_BYTE = 20
 OVERHEAD = 1e6  # of keeping an output, in bytes moved: looking at the operations around it
@@ -46,7 +46,8 @@ def measure(function: Function, x: Tensor, *context: Any) -> tuple[Tensor, float
         results.append(y.detach())
         return y
 
-    kept = kept_by(forward, lambda tensor: in_one_storage(tensor, x), exclude=tensors)
+    own = storage_of(x)  # a number: what `kept_by` is given lives until garbage is collected, and x has a graph
+    kept = kept_by(forward, lambda tensor: storage_of(tensor) == own, exclude=tensors)
     outputs = []
     for number, (_, _, given) in enumerate(counting.tape().entries):
         size = sum(t.nbytes for t in tensors_of(given))
