@@ -25,10 +25,15 @@ def has_values(x: Tensor) -> bool:
 
 
 def device_of(module: nn.Module) -> torch.device:
-    """The device that the module's fake tensors are to stand for: its own, or the CPU for the meta device, since the
-    module's code makes tensors with values beside them."""
+    """The device that the module's fake tensors are to stand for."""
     tensor = next(itertools.chain(module.parameters(), module.buffers()), None)
-    return torch.device("cpu") if tensor is None or tensor.device.type == "meta" else tensor.device
+    return torch.device("cpu") if tensor is None else stood_for(tensor)
+
+
+def stood_for(x: Tensor) -> torch.device:
+    """The device that a fake tensor in x's place is to stand for: its own, or the CPU for the meta device, since a
+    module's code makes tensors with values beside it."""
+    return torch.device("cpu") if x.device.type == "meta" else x.device
 
 
 def hollow_copy(model: M, device: torch.device | str = "meta", mode: FakeTensorMode | None = None) -> M:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
-from revify._fake import device_of, hollow_copy
+from revify._fake import device_of, hollow_copy, stood_for
 from revify._paths import at
 
 
@@ -31,8 +31,7 @@ class Example:
         if not isinstance(x, Tensor) or isinstance(x, FakeTensor):
             return x
         with self.mode:
-            device = "cpu" if x.device.type == "meta" else x.device  # as `device_of` does
-            return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=device)
+            return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=stood_for(x))
 
     def value(self, node: fx.Node, module: nn.Module) -> Any:
         """Of a node in the graph of ``module``."""
