@@ -438,10 +438,10 @@ def halved(counts: Counter[str]) -> Counter[str]:
 # the coupling does not take in the forward pass: tensors are made for it on the grid, and for the sum.
 # Whether a sum is made in place is left open: a debugger, or Dynamo once it has run, holds references of its own.
 UPDATES = {
-    (conv, False): ({"new_empty": 1, "add": 2, "sub": 1}, 10),
-    (conv, True): ({"new_empty": 1, "add": 4, "sub": 3}, 10),
-    (linear, False): ({"new_empty": 1, "add": 2, "sub": 1}, 11),
-    (linear, True): ({"new_empty": 1, "add": 4, "sub": 3}, 11),
+    (conv, False): ({"add": 2, "sub": 1}, 10),
+    (conv, True): ({"add": 4, "sub": 3}, 10),
+    (linear, False): ({"add": 2, "sub": 1}, 11),
+    (linear, True): ({"add": 4, "sub": 3}, 11),
 }
 # For a whole chain: the grid, the guard and its looks at the extent. What is copied are samples.
 ONCE = {False: (16, {"views": 29, "copied": 4096}), True: (69, {"views": 46, "copied": 2048})}

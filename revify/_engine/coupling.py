@@ -120,7 +120,7 @@ class Coupling:
 
     def read(self, x: Tensor) -> Tensor:
         """A stream's value as branches and the chain's readers take it."""
-        return x.to(self.inside)
+        return x if x.dtype == self.inside else x.to(self.inside)
 
     def scaled(self, p: Tensor, numbers: Numbers, grid: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """What an update takes over of ``p = x[n-1]``: ``a p``. On a grid p loses its last bits first, so that the
@@ -134,8 +134,8 @@ class Coupling:
             return p * a, None
         past, last = _split_bits(p.detach(), numbers.bits, grid)
         if p.requires_grad and torch.is_grad_enabled():
-            past = p - (p - past).detach()  # with derivative 1
-        return past * a, last
+            return (p - (p - past).detach()) * a, last  # with derivative a
+        return past.mul_(a), last
 
     def unscaled(self, past: Tensor, numbers: Numbers, lost: Tensor | None, grid: Tensor | None) -> Tensor:
         """``p``, of what `scaled` made of it, and of the bits that were lost, packed."""
@@ -145,7 +145,7 @@ class Coupling:
         if lost is None or grid is None:
             return p
         x = torch.view_as_real(p) if p.is_complex() else p
-        x.addcmul_(unpacked(lost, numbers.bits, x.shape).to(x.dtype), _unit_of(grid, x.dtype))
+        x.addcmul_(unpacked(lost, numbers.bits, x.shape), _unit_of(grid, x.dtype))
         return p
 
     def couple(self, p: Tensor, a: Tensor, grid: Tensor | None) -> Tensor:
@@ -186,14 +186,19 @@ class Coupling:
 
 
 def _split_bits(p: Tensor, bits: int, grid: Tensor) -> tuple[Tensor, Tensor]:
-    """Values without the last ``bits`` of the whole numbers that they are on the grid; and these bits, as bytes. As few
-    passes as there can be: this is what an update with a fraction costs more than one without."""
-    x = torch.view_as_real(p) if p.is_complex() else p
-    unit = _unit_of(grid, x.dtype)
-    whole = (x / unit).to(torch.int32 if x.dtype == torch.float32 else torch.int64)
+    """Values without the last ``bits`` of the whole numbers that they are on the grid; and these bits, as bytes. Where
+    the grid's number is added, the mantissa ends with the whole number. As few passes as there can be: this is what an
+    update with a fraction costs more than one without."""
+    x, number = (torch.view_as_real(p), grid.real) if p.is_complex() else (p, grid)
     mask = (1 << bits) - 1
-    last = whole.bitwise_and(mask).to(torch.uint8)
-    past = whole.bitwise_and_(~mask).to(x.dtype).mul_(unit)
+    raised = x + number
+    whole = raised.view(_EXPONENT[x.dtype][0])
+    last = whole.to(torch.uint8) & mask
+    if torch.compiler.is_compiling():
+        past = whole.bitwise_and(~mask).view(x.dtype) - number
+    else:
+        whole.bitwise_and_(~mask)
+        past = raised.sub_(number)
     return torch.view_as_complex(past) if p.is_complex() else past, last
 
 

@@ -122,7 +122,7 @@ class Evaluation:
         self.autocast = autocast_state(x.device)
         statistics = batch_statistics.Recording() if self._has_statistics(x) else None
         outputs = kept_outputs.Recording(keep) if keep else None
-        with autocast_set(self.autocast), statistics or nullcontext(), outputs or nullcontext(), weights_not_shared():
+        with weights_not_shared(), statistics or nullcontext(), outputs or nullcontext():
             output = self._as_the_second(inputs)
         self.statistics = [] if statistics is None else statistics.statistics
         self.tape = Tape() if outputs is None else outputs.tape()
@@ -215,7 +215,9 @@ class Evaluation:
             spared.enter_context(batch_statistics.Replaying(self.statistics))
         if self.tape.entries:
             spared.enter_context(kept_outputs.Replaying(self.tape.with_outputs(outputs)))
-        with spared, replaying(), random_state_set(self.random), autocast_set(self.autocast), weights_not_shared():
+        if self.random:
+            spared.enter_context(random_state_set(self.random))
+        with spared, replaying(), autocast_set(self.autocast), weights_not_shared():
             return run_on(self.function, operands, inputs)
 
     def _tensor(self, position: int, x: Tensor, tensors: Sequence[Tensor]) -> Tensor | None:

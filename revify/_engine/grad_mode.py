@@ -39,7 +39,7 @@ class Watching(TorchFunctionMode):
 
 def is_needed(function: Function, held: Sequence[Held]) -> bool | None:
     """None where nothing is known of the function yet."""
-    if any(isinstance(h.module, _WITH_ANOTHER_PATH) and not h.training for h in held):
+    if any(not h.training and isinstance(h.module, _WITH_ANOTHER_PATH) for h in held):
         return True
     key = _key(function)
     if key not in _known:

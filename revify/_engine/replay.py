@@ -35,7 +35,7 @@ def replay(
         tensors = [_leaf(w, need) for w, need in zip(tensors, need_tensors, strict=True)]
     with torch.enable_grad():
         # aliases, no leaves: hooks on modules may put hooks on their inputs, which `autograd.grad` would have to run
-        given = [x if create_graph else torch.ops.aten.alias.default(x) for x in inputs]
+        given = [x if create_graph else x.expand_as(x) for x in inputs]
         y, sides = f.split(
             f.again(tensors, *with_tensors(context, given), outputs=outputs, differentiable_twice=create_graph)
         )
@@ -75,8 +75,10 @@ def _check_leaves(f: Evaluation, outputs: Sequence[Tensor], known: Sequence[Tens
     seen = set(pending)
     while pending:
         node = pending.pop()
-        if type(node) is _ACCUMULATION and id(node.variable) not in ends and not _accumulates(node, known):
-            raise RevifyError(_UNKNOWN.format(shape=tuple(node.variable.shape), where=f.described()))
+        if type(node) is _ACCUMULATION:
+            if id(node.variable) not in ends and not _accumulates(node, known):
+                raise RevifyError(_UNKNOWN.format(shape=tuple(node.variable.shape), where=f.described()))
+            continue
         for following, _ in node.next_functions:
             if following is not None and following not in seen:
                 seen.add(following)

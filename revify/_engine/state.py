@@ -23,7 +23,6 @@ from revify._engine.recompute import recomputed
 from revify._engine.region import Function, mixed, parameters_of, sides_of
 from revify._engine.run import Run, Settings, evenly
 from revify._engine.slices import slices_for
-from revify._engine.surroundings import casts_not_shared
 from revify._engine.turn import Turn, take_turn
 from revify._engine.update import Enter, Leave, Tail
 from revify._errors import RevifyError
@@ -33,7 +32,7 @@ _GROWTH = {  # of rounding errors, to 2^-18 of a value
     **dict.fromkeys((torch.float32, torch.complex64), 2.0**6),
     **dict.fromkeys((torch.float64, torch.complex128), 2.0**35),
 }
-_LOOKS = 8  # updates between two looks at the state's extent
+_LOOKS = 16  # updates between two looks at the state's extent
 Through = Callable[..., Tensor]  # calls `take_turn`, itself or by way of a module
 
 
@@ -295,8 +294,7 @@ class State:
         measures = run.costs is not None
         turn = Turn(name, run.coupling, self.x[p], grid, rule, numbers, shadows, keep, keeps, measures, slices)
         turn.p_is_saved, turn.q_is_saved = self.saved[p], self.saved[q]
-        with casts_not_shared():
-            self._take(turn, writes, skip, f, context, through)
+        self._take(turn, writes, skip, f, context, through)
         if self.tail is not None:
             self.tail.state = None
         self.tail = turn.tail

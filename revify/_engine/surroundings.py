@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from torch import Tensor
@@ -54,9 +54,6 @@ def drawn_from(before: RandomState) -> RandomState:
 @contextmanager
 def random_state_set(state: RandomState) -> Iterator[None]:
     """Inside it the generators are in a state; afterwards they are as they were."""
-    if not state:
-        yield
-        return
     current = [(device, _get_generator(device)) for device, _ in state]
     try:
         for device, value in state:
@@ -98,22 +95,19 @@ def autocast_state(device: torch.device) -> AutocastState:
     return [(t, torch.is_autocast_enabled(t), torch.get_autocast_dtype(t)) for t in types]
 
 
-@contextmanager
-def autocast_set(state: AutocastState) -> Iterator[None]:
-    """Inside it autocast is in a state. The cache of cast weights is off: a cast that was cached without a graph would
-    cut the gradient of every later use of the weight."""
+def autocast_set(state: AutocastState) -> AbstractContextManager[None]:
+    """Inside it autocast is in a state."""
     current = [(t, torch.is_autocast_enabled(t), torch.get_autocast_dtype(t)) for t, _, _ in state]
-    if current == state and not any(enabled for _, enabled, _ in state):
-        yield
-        return
-    cache = torch.is_autocast_cache_enabled()
+    return nullcontext() if current == state else _autocast_changed(current, state)
+
+
+@contextmanager
+def _autocast_changed(current: AutocastState, state: AutocastState) -> Iterator[None]:
     _set_autocast(state)
-    torch.set_autocast_cache_enabled(False)
     try:
         yield
     finally:
         _set_autocast(current)
-        torch.set_autocast_cache_enabled(cache)
 
 
 def _set_autocast(state: AutocastState) -> None:
@@ -139,13 +133,15 @@ def casts_not_shared() -> Iterator[None]:
 
 @contextmanager
 def weights_not_shared() -> Iterator[None]:
-    """`parametrize.cached` keeps weights by the identity of modules: those that are made without a graph must not be
-    found in a second evaluation, nor by others."""
-    if not parametrize._cache_enabled:
-        yield
-        return
-    before, parametrize._cache = parametrize._cache, {}
+    """Inside it no weight is found that another evaluation has cast (`casts_not_shared`) or computed, and none is left
+    to others: what is made without a graph would cut the gradient of every later use. `parametrize.cached` keeps
+    weights by the identity of modules."""
+    casts, computed = torch.is_autocast_cache_enabled(), parametrize._cache
+    torch.set_autocast_cache_enabled(False)
+    if parametrize._cache_enabled:
+        parametrize._cache = {}
     try:
         yield
     finally:
-        parametrize._cache = before
+        torch.set_autocast_cache_enabled(casts)
+        parametrize._cache = computed

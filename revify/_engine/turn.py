@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from revify._engine.evaluation import Evaluation
 from revify._engine.lost_bits import bytes_of
 from revify._engine.region import Function, mixed, sides_of
 from revify._engine.slices import Slices, evaluated
-from revify._engine.surroundings import random_state_kept
+from revify._engine.surroundings import casts_not_shared, random_state_kept
 from revify._engine.update import Tail, Update, check_not_overwritten, fitting, version_of
 from revify._schemes import Numbers, Rule
 
@@ -78,6 +79,13 @@ def take_turn(
             turn.cost = _cost(turn, skip, f, p_in, q_in, context)
     if turn.shadows is not None:
         return _recorded(turn, skip, f, p_in, q_in, context)
+    with casts_not_shared() if torch.is_grad_enabled() else nullcontext():
+        return _stored(turn, skip, f, p_in, q_in, context)
+
+
+def _stored(
+    turn: Turn, skip: Function | None, f: Function | None, p_in: Tensor | None, q_in: Tensor, context: Sequence[Any]
+) -> Tensor:
     if skip is not None:
         assert p_in is not None
         r: Tensor = skip(_head(p_in)).to(turn.coupling.state)

@@ -141,7 +141,7 @@ class Update(torch.autograd.Function):
         outputs = [part.tape.take_outputs() for part in parts]
         ctx.n_outputs = [len(some) for some in outputs]
         ctx.save_for_backward(p if ctx.keeps else None, lost, *itertools.chain(*outputs), *tensors)
-        r_shadow = shadow_of(r)
+        r_shadow = shadow_of(r) if ctx.keeps else p_shadow.expand_as(p_shadow)
         if ctx.keeps:
             ctx.mark_non_differentiable(r_shadow)
         return r, q_shadow.expand_as(q_shadow), r_shadow, *(_of_its_own(y, (q_in, *tensors)) for y in sides)
@@ -182,7 +182,8 @@ class Update(torch.autograd.Function):
             if torch.is_grad_enabled() and not ctx.keeps and numbers.magnitude < 1:
                 raise RevifyError(_TWICE.format(name=ctx.name, a=numbers.magnitude))
             dp = scaled_gradient(dr, numbers)
-        q_in = coupling.read(q).to(ctx.q_dtype)
+        q_in = coupling.read(q)
+        q_in = q_in if q_in.dtype == ctx.q_dtype else q_in.to(ctx.q_dtype)
         if slices is not None and dr is not None:
             in_place = r is not None and not torch.is_grad_enabled() and is_alone(r)
             take = coupling.uncouple_in_place if in_place else coupling.uncouple
