@@ -15,9 +15,14 @@ from tests.idioms_base import IDIOMS, Idiom, step
 __all__ = ["IDIOMS", "Idiom", "idioms_language", "idioms_other", "idioms_python", "idioms_restoration", "idioms_vision"]
 
 
-def worst_difference(idiom: Idiom) -> float:
-    """Of the gradients of the converted model's training step, in float64, to those of a copy that stores its
-    activations; relative to the largest entry of each tensor where that is above one."""
+def trial(idiom: Idiom) -> tuple[revify.Report, float]:
+    """What was converted, and the worst difference of the gradients of the converted model's training step, in float64,
+    to those of a copy that stores its activations; relative to the largest entry of each tensor where that is above
+    one.
+
+    Raises:
+        NotConvertibleError: nothing can be.
+    """
     inputs = idiom.example(torch.float64)
     plain = step(idiom.model().double().train(), inputs)
     trained = {name for name, gradient in plain.items() if gradient is not None}
@@ -29,7 +34,11 @@ def worst_difference(idiom: Idiom) -> float:
     for name in sorted(trained):
         if got[name] is None or expected[name] is None:
             raise AssertionError(f"{name} has no gradient")
-    return max(_difference(got[name], expected[name]) for name in expected)
+    return revify.report(converted), max(_difference(got[name], expected[name]) for name in expected)
+
+
+def units_in(report: revify.Report) -> int:
+    return sum(len(chain.units) for chain in report.chains)
 
 
 def _difference(got: Tensor | None, expected: Tensor | None) -> float:
@@ -44,21 +53,17 @@ def line(idiom: Idiom) -> tuple[str, bool]:
         step(idiom.model().train(), idiom.example())
     except Exception as error:
         return f"{idiom.name:28} the plain model fails: {_brief(error)}", False
-    found, codes, outcome, right = "-", "", "", False
+    found, right, refusals = "-", False, ()
     try:
-        report = revify.explain(idiom.model().train(), idiom.example())
-        found = str(sum(len(chain.units) for chain in report.chains))
-        codes = ",".join(sorted({refusal.code for refusal in report.refusals}))
-        if found == "0" == str(idiom.units):
-            outcome = right = True
-        else:
-            difference = worst_difference(idiom)
-            outcome, right = f"{difference:.1e}", difference <= idiom.tolerance
+        report, difference = trial(idiom)
+        refusals, found = report.refusals, str(units_in(report))
+        outcome, right = f"{difference:.1e}", difference <= idiom.tolerance
+    except revify.NotConvertibleError as error:
+        refusals, found, outcome, right = error.refusals, "0", "nothing to convert", True
     except Exception as error:
         outcome = _brief(error)
+    codes = ",".join(sorted({refusal.code for refusal in refusals}))
     right = right and found == str(idiom.units) and set(idiom.refused) <= set(codes.split(","))
-    if outcome is True:
-        outcome = "nothing to convert"
     mark = "ok" if right else "--"
     return f"{mark} {idiom.name:28} {idiom.units:>3} expected {found:>3} found  [{codes}]  {outcome}", right
 

@@ -128,7 +128,7 @@ def test_every_scheme_is_fine_tuned(
     text = tmp_path / "text.txt"
     text.write_text("to be, or not to be, that is the question. " * 600)
     output = tmp_path / "found.json"
-    short = ["--steps", "10", "--seeds", "1", "--no-scratch"]
+    short = ["--steps", "3", "--seeds", "1", "--no-scratch"]
     pretrained.main(["gpt", "--data", str(text), *short, "--output", str(output)])
     (found,) = json.loads(output.read_text())["seeds"]
     assert list(found) == ["plain", "RevNet", "Midpoint", "Momentum", "Dr2", "BDIA"]

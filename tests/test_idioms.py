@@ -4,10 +4,9 @@ activations."""
 from __future__ import annotations
 
 import pytest
-import torch
 
 import revify
-from tests.idioms import IDIOMS, worst_difference
+from tests.idioms import IDIOMS, trial, units_in
 
 # What each is expected to be, where not every addition can be converted: units found, and why not more.
 FEWER = {
@@ -27,16 +26,14 @@ MORE = {"demucs_center_trim", "dueling_q_network", "time_series_mixer", "mixture
 @pytest.mark.parametrize("name", IDIOMS)
 def test_idiom(name: str) -> None:
     idiom = IDIOMS[name]
-    torch.manual_seed(0)
-    report = revify.explain(idiom.make(), idiom.inputs())
-    found = sum(len(chain.units) for chain in report.chains)
-    if name in MORE:
-        assert found >= idiom.units
-    else:
-        assert found == FEWER.get(name, idiom.units)
-    if found == 0:
+    expected = FEWER.get(name, idiom.units)
+    if expected == 0:
+        report = revify.explain(idiom.model().train(), idiom.example())
+        assert units_in(report) == 0
         with pytest.raises(revify.NotConvertibleError) as caught:
-            revify.convert(idiom.make(), idiom.inputs())
+            trial(idiom)
         assert caught.value.refusals == report.refusals != ()
-    else:
-        assert worst_difference(idiom) <= idiom.tolerance
+        return
+    report, difference = trial(idiom)
+    assert units_in(report) >= expected if name in MORE else units_in(report) == expected
+    assert difference <= idiom.tolerance

@@ -67,8 +67,9 @@ class Held:
     def stand_in(self) -> nn.Module:
         """Without its children and its hooks, which `stand_ins_for` adds."""
         made: nn.Module = object.__new__(type(self.module))
-        made.__dict__.update(self.attributes)
-        made.__dict__["training"] = self.training
+        state = self.attributes.copy()
+        state["training"] = self.training
+        made.__dict__ = state
         return made
 
 
