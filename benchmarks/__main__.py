@@ -24,7 +24,6 @@ def main() -> None:
         options.processes,
         options.rounds,
         largest_in=None if options.largest_in is None else 1e9 * options.largest_in,
-        keep_freed=options.keep_freed,
     )
     for name in [] if options.render else options.workload or WORKLOADS:
         workload = WORKLOADS[name]
@@ -46,7 +45,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--device", default="cpu", help="cpu or cuda (%(default)s)")
     parser.add_argument("--amp", choices=["bfloat16", "float16"], help="autocast to this type")
     parser.add_argument("--largest-in", type=float, metavar="GB", help="on a GPU: largest batch in that much memory")
-    parser.add_argument("--keep-freed", action="store_true", help="times with a C library that keeps freed memory")
     parser.add_argument("--threads", type=int, help="of PyTorch (its own choice)")
     parser.add_argument("--processes", type=int, help="in which steps are timed")
     parser.add_argument("--rounds", type=int, help="in each process")

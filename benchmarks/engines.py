@@ -214,28 +214,26 @@ def _budgeted(build: Callable[..., nn.Module]) -> list[Engine]:
 
 
 PLAIN = "plain autograd"
-_BN_TWICE = "batch norm counts every batch twice"
+CURVES = (PLAIN, "checkpoint, each coupling", "checkpoint, square root", "revlib", "revify")  # against depth
 
 STACK = (
     Engine(PLAIN, "autograd", _plain),
-    Engine("checkpoint, each coupling", "checkpoint", lambda p: Checkpointed(p.branches, 1), remarks=(_BN_TWICE,)),
+    Engine("checkpoint, each coupling", "checkpoint", lambda p: Checkpointed(p.branches, 1)),
     *(
-        Engine(f"checkpoint, {part:.0%} of the couplings", "checkpoint", _checkpoint_part(part), remarks=(_BN_TWICE,))
+        Engine(f"checkpoint, {part:.0%} of the couplings", "checkpoint", _checkpoint_part(part))
         for part in (0.75, 0.5, 0.25)
     ),
-    Engine("checkpoint, square root", "checkpoint", _square_root, remarks=(_BN_TWICE,)),
+    Engine("checkpoint, square root", "checkpoint", _square_root),
     Engine("save_on_cpu", "autograd", lambda p: OffloadedToCpu(_plain(p))),
     Engine("compiled plain", "compile", _compiled(_plain), compiled=True, counted=False),
     *(
         Engine(f"compiled, budget {b:g}", "compile", _compiled_within(b, _plain), compiled=True, counted=False)
         for b in (0.5, 0.1)
     ),
-    Engine("memcnn", "peer", _memcnn, counted=False, remarks=("batch norm counts every batch three times",)),
-    Engine("RevTorch", "peer", _revtorch, remarks=(_BN_TWICE,)),
-    Engine("revlib", "peer", _revlib, remarks=(_BN_TWICE,)),
-    Engine(
-        "momentumnet", "peer", _momentumnet, remarks=("another function, a momentum ResNet of one stream", _BN_TWICE)
-    ),
+    Engine("memcnn", "peer", _memcnn, counted=False),
+    Engine("RevTorch", "peer", _revtorch),
+    Engine("revlib", "peer", _revlib),
+    Engine("momentumnet", "peer", _momentumnet, remarks=("another function, a momentum ResNet of one stream",)),
     Engine("revify", "revify", functools.partial(_chain, exact=False)),
     Engine(
         "revify, exact",

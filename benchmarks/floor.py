@@ -9,12 +9,13 @@ from __future__ import annotations
 import statistics
 import time
 from collections import defaultdict
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from benchmarks.engines import engines
+from benchmarks.engines import PLAIN, engines
 from benchmarks.measure import Training
 from benchmarks.workloads import WORKLOADS
 from revify._table import table
@@ -37,19 +38,15 @@ class Timed(TorchDispatchMode):
 
 
 def main() -> None:
-    training = Training(WORKLOADS["stack"].spec(), engines("stack")["revify"])
-    modes = {"plain": Timed(), "revify": Timed()}
+    trainings = [Training(WORKLOADS["stack"].spec(), engines("stack")[name]) for name in (PLAIN, "revify")]
+    modes = [Timed(), Timed()]
     for i in range(2 + ROUNDS):
-        for name, timed in modes.items():
-            training.network.stores_activations = name == "plain"
-            if i < 2:
+        for training, timed in zip(trainings, modes, strict=True):
+            with timed if i >= 2 else nullcontext():
                 training.step()
-            else:
-                with timed:
-                    training.step()
             training.clear()
     rows = [("operation", "plain: calls", "ms", "revify: calls", "ms")]
-    plain, reversible = (timed.seconds for timed in modes.values())
+    plain, reversible = (timed.seconds for timed in modes)
     spent = {name: [_milliseconds(seconds[name]) for seconds in (plain, reversible)] for name in {*plain, *reversible}}
     for name in sorted(spent, key=lambda name: -max(spent[name])):
         if max(spent[name]) >= 0.01 * sum(ms for ms, _ in spent.values()):

@@ -103,6 +103,25 @@ def times(spec: Spec, chosen: Iterable[Engine], rounds: int, warm_up: int = 2) -
     return results
 
 
+def behaviour(spec: Spec, engine: Engine) -> Result:
+    """How often batch norms count a batch in one step, and whether the gradients are right where branches drop out
+    (`revify.verify`), on two small stacks."""
+    small, smaller = (dataclasses.replace(spec, depth=depth, batch=4, pixels=8) for depth in (4, 2))
+
+    def batch_norm() -> Result:
+        training = Training(small, engine)
+        training.step()
+        norms = [m for m in training.network.modules() if isinstance(m, torch.nn.BatchNorm2d)]
+        return {"batches": max(int(norm.num_batches_tracked) for norm in norms)}
+
+    def drop_out() -> Result:
+        trainings = [Training(dataclasses.replace(spec, dropout=0.3), engine) for spec in (small, smaller)]
+        return {"dropout": all(revify.verify(t.network, *t.problem.inputs).ok for t in trainings)}
+
+    found = failures(batch_norm)
+    return found if "unavailable" in found else {**found, **failures(drop_out)}
+
+
 def memory(spec: Spec, engine: Engine, counts: bool = True) -> Result:
     """Bytes of one step: the peak, gradients included; and with ``counts`` what the forward pass keeps and, on a CPU,
     the peak as `revify.peak_bytes` counts it."""
@@ -178,8 +197,10 @@ def main(job: Mapping[str, Any]) -> dict[str, Any]:
         torch.set_num_threads(job["threads"])
     spec = Spec(**job["spec"])
     known = engines(spec.workload)
-    if job["measure"] == "times":
+    if job["measure"].startswith("times"):
         return times(spec, [known[name] for name in job["engines"]], job["rounds"])
+    if job["measure"] == "behaviour":
+        return {name: behaviour(spec, known[name]) for name in job["engines"]}
     engine = known[job["engine"]]
     if job["measure"] == "memory":
         return memory(spec, engine, job["counts"])

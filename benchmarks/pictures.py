@@ -29,12 +29,19 @@ def frontier(points: Sequence[Point], path: Path, *, title: str) -> None:
     """Each engine a labelled point; those with a budget are joined by a line, from the least memory to the most."""
     figure = Figure(figsize=(8, 5.2), layout="constrained")
     axes = figure.subplots()
-    points = [replace(p, name=p.name.removeprefix("revify, ")) if p.family == "budget" else p for p in points]
+    points = [replace(p, name=_short(p.name)) for p in points]
     scatter(axes, points, _COLOURS)
     axes.set(xscale="log", xlabel="peak memory of a step (MB)", ylabel="time of a step / plain autograd", title=title)
     _plain_numbers(axes.xaxis)
     label(figure, axes, points, _COLOURS)
     figure.savefig(path, dpi=150)
+
+
+def _short(name: str) -> str:
+    """Labels are many, and colours say the family."""
+    return (
+        name.replace("revify, budget", "budget").replace(" of the couplings", "").replace("checkpoint, ", "checkpoint ")
+    )
 
 
 def depth(curves: Mapping[str, Mapping[int, float]], families: Mapping[str, str], path: Path, *, title: str) -> None:

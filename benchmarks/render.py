@@ -36,27 +36,26 @@ def render(output: Path, page: Path) -> None:
     page.write_text(f"{before}{BEGIN}\n\n{generated}\n\n{END}{after}")
 
 
-def _rank(data: Figures) -> tuple[bool, bool, str]:
-    """A CPU's figures first, and of those the ones that page faults have no part in."""
+def _rank(data: Figures) -> tuple[bool, str]:
+    """A CPU's figures first."""
     kind = _kind(data)
-    return not kind.startswith("cpu"), kind == "cpu", kind
+    return not kind.startswith("cpu"), kind
 
 
 def _kind(data: Figures) -> str:
-    amp, keeps = data["spec"]["amp"], data["settings"].get("keep_freed")
-    kind = str(data["spec"]["device"]).partition(":")[0]
-    return kind + (f"-{amp}" if amp else "") + ("-keep-freed" if keeps else "")
+    amp = data["spec"]["amp"]
+    return str(data["spec"]["device"]).partition(":")[0] + (f"-{amp}" if amp else "")
 
 
 def _section(data: Figures, page: Path) -> Iterable[str]:
     spec, times = data["spec"], data["times"]
     suffix = "" if _kind(data) == "cpu" else f"-{_kind(data)}"
     known = engines(spec["workload"])
-    keeps = ", with a C library that keeps freed memory" if data["settings"].get("keep_freed") else ""
-    yield f"## {data['title']}{keeps}" + (f" ({_kind(data)})" if suffix and not keeps else "")
+    yield f"## {data['title']}" + (f" ({_kind(data)})" if suffix else "")
     yield _circumstances(data)
-    header = ("engine", "time / plain", "between processes", "peak of a step", "peak / plain", "kept", "peak, counted")
-    yield _table([header, *(_row(name, data) for name in times)], right=range(1, 7))
+    rows = [_row(name, data) for name in times]
+    columns = [i for i in range(len(_COLUMNS)) if any(row[i] != NOTHING for row in rows)]
+    yield _table([[row[i] for i in columns] for row in (_COLUMNS, *rows)], right=range(1, len(columns)))
     remarks: dict[str, list[str]] = {}
     for name in times:
         for remark in _remarks(name, known.get(name), data):
@@ -99,7 +98,6 @@ def _circumstances(data: Figures) -> str:
     arguments += ["--quick"] if settings["quick"] else []
     arguments += [f"--device {spec['device']}"] if spec["device"] != "cpu" else []
     arguments += [f"--amp {spec['amp']}"] if spec["amp"] else []
-    arguments += ["--keep-freed"] if settings.get("keep_freed") else []
     arguments += [f"--threads {settings['threads']}"] if settings["threads"] else []
     size = f"batch of {spec['batch']}, {spec['pixels']}x{spec['pixels']} pixels"
     if spec["depth"]:
@@ -119,19 +117,36 @@ def _circumstances(data: Figures) -> str:
 
 
 def _row(name: str, data: Figures) -> Sequence[str]:
-    times, memory = data["times"], data["memory"].get(name, {})
-    ratios = [r for run in range(len(times[name])) if (r := _median([_ratios(times, name, run)]))]
-    ratio = _median_ratio(times, name)
+    times, memory, behaviour = data["times"], data["memory"].get(name, {}), data["behaviour"].get(name, {})
+    ratios = [r for run in range(len(times[name])) for r in _ratios(times, name, run)]
+    ratio, as_is = _median([ratios]), _median_ratio(data["times_as_is"], name)
     peak, plain = _bytes(data, name), _bytes(data, PLAIN)
     return (
         name,
         f"{ratio:.2f}" if ratio else NOTHING,
         f"{min(ratios):.2f} to {max(ratios):.2f}" if ratios else NOTHING,
+        f"{as_is:.2f}" if as_is else NOTHING,
         _megabytes(peak),
         f"{peak / plain:.3f}" if peak and plain else NOTHING,
         _megabytes(memory.get("kept")),
         _megabytes(memory.get("counted")),
+        {None: NOTHING, 1: "once", 2: "twice"}.get(n := behaviour.get("batches"), f"{n} times"),
+        {None: NOTHING, True: "right", False: "WRONG"}[behaviour.get("dropout")],
     )
+
+
+_COLUMNS = (
+    "engine",
+    "time / plain",
+    "in the rounds",
+    "C library as it is",
+    "peak of a step",
+    "peak / plain",
+    "kept",
+    "peak, counted",
+    "batch norm counts",
+    "gradients with dropout",
+)
 
 
 def _remarks(name: str, engine: Engine | None, data: Figures) -> Iterable[str]:
@@ -139,6 +154,8 @@ def _remarks(name: str, engine: Engine | None, data: Figures) -> Iterable[str]:
     memory = data["memory"].get(name, {})
     remarks = list(engine.remarks) if engine else []
     remarks += dict.fromkeys(_failure(r) for r in [*data["times"][name], memory] if _failure(r))
+    if problem := data["behaviour"].get(name, {}).get("error"):
+        remarks.append(f"with dropout: {problem.rstrip('.')}")
     if memory.get("graph_breaks"):
         remarks.append("its graph breaks: parts of it run uncompiled")
     return remarks
@@ -159,7 +176,7 @@ def _ratios(times: Mapping[str, Sequence[Figures]], name: str, run: int) -> list
 
 
 def _median_ratio(times: Mapping[str, Sequence[Figures]], name: str) -> float | None:
-    return _median([_ratios(times, name, run) for run in range(len(times[name]))])
+    return _median([_ratios(times, name, run) for run in range(len(times.get(name, ())))])
 
 
 def _median(groups: Iterable[Iterable[float]]) -> float | None:

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from benchmarks.engines import Engine, engines
+from benchmarks.engines import CURVES, Engine, engines
 from benchmarks.measure import Result
 from benchmarks.workloads import Spec, Workload
 
@@ -39,7 +39,6 @@ class Settings:
     rounds: int | None = None
     memory_limit: float = 4e9  # bytes above which the curve against depth does not follow an engine
     largest_in: float | None = None  # bytes of GPU memory to fill with the largest batch
-    keep_freed: bool = False  # times with a C library that keeps freed memory; no curves
 
 
 class Results:
@@ -47,7 +46,6 @@ class Results:
 
     def __init__(self, output: Path, workload: Workload, spec: Spec, settings: Settings) -> None:
         kind = spec.device.partition(":")[0] + (f"-{spec.amp}" if spec.amp else "")
-        kind += "-keep-freed" if settings.keep_freed else ""
         self.path = output / f"{kind}-{workload.name}.json"
         self.data: dict[str, Any] = {
             "environment": environment(settings),
@@ -55,6 +53,8 @@ class Results:
             "spec": dataclasses.asdict(spec),
             "title": workload.title,
             "times": {},  # engine -> one result a process
+            "times_as_is": {},  # the same, with the C library as it is
+            "behaviour": {},  # engine -> result
             "memory": {},  # engine -> result
             "depth": {},  # engine -> couplings -> result
             "largest": {},  # engine -> result
@@ -74,18 +74,25 @@ def run(workload: Workload, spec: Spec, output: Path, settings: Settings, chosen
     chosen = list(chosen) or [e for e in engines(workload.name).values() if compiles or not e.compiled]
     processes = settings.processes or (2 if settings.quick else workload.processes)
     rounds = settings.rounds or (3 if settings.quick else workload.rounds)
-    depths = () if settings.keep_freed else workload.quick_depths if settings.quick else workload.depths
-    curves = [engine for engine in chosen if depths and not engine.compiled]
+    depths = workload.quick_depths if settings.quick else workload.depths
+    curves = [engine for engine in chosen if depths and engine.name in CURVES]
+    behaving = chosen if workload.depth else []
     fill = chosen if settings.largest_in and settings.device.startswith("cuda") and not workload.depth else []
     results = Results(output, workload, spec, settings)
-    total = processes + len(chosen) + len(depths) * len(curves) + len(fill)
+    kinds = ["times"] * processes + ["times_as_is"] * (settings.device == "cpu" and workload.depth > 0)
+    total = len(kinds) + bool(behaving) + len(chosen) + len(depths) * len(curves) + len(fill)
     with tqdm(total=total, desc=workload.name, unit="process", smoothing=0) as bar:
-        for i in range(processes):
-            bar.set_postfix_str(f"times, process {i + 1}")
+        for kind in kinds:
+            bar.set_postfix_str(kind.replace("_", " "))
             names = [engine.name for engine in chosen]
-            answer = job(settings, spec, measure="times", engines=names, rounds=rounds)
+            answer = job(settings, spec, measure=kind, engines=names, rounds=rounds)
             for name in names:  # a process that died has an answer of its own, which all of them share
-                results.data["times"].setdefault(name, []).append(answer.get(name, answer))
+                results.data[kind].setdefault(name, []).append(answer.get(name, answer))
+            results.save()
+            bar.update()
+        if behaving:
+            bar.set_postfix_str("batch norm and dropout")
+            results.data["behaviour"] = job(settings, spec, measure="behaviour", engines=[e.name for e in behaving])
             results.save()
             bar.update()
         for engine in chosen:
@@ -125,12 +132,7 @@ def _at_depth(settings: Settings, spec: Spec, engine: Engine, depth: int, curve:
 
 def job(settings: Settings, spec: Spec, **what: Any) -> Result:
     """The answer of a fresh process; if it dies, how."""
-    variables = dict(os.environ)
-    if what["measure"] == "memory":
-        # Freed memory goes back at once: what the C library holds in reserve is no one's need.
-        variables |= {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
-    elif settings.keep_freed:
-        variables |= {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40)}
+    variables = {**os.environ, **_C_LIBRARY.get(what["measure"], {})}
     task = json.dumps({"spec": dataclasses.asdict(spec), "threads": settings.threads, **what})
     command = [sys.executable, "-m", "benchmarks.measure", task]
     process = subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True)
@@ -139,6 +141,14 @@ def job(settings: Settings, spec: Spec, **what: Any) -> Result:
         return {"error": lines[-1]}
     answer: Result = json.loads(process.stdout.splitlines()[-1])
     return answer
+
+
+_C_LIBRARY = {
+    # What is freed is kept, so that no time goes into fetching pages from the system again.
+    "times": {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40)},
+    # What is freed goes back at once: what the C library holds in reserve is no one's need.
+    "memory": {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"},
+}
 
 
 def environment(settings: Settings) -> dict[str, Any]:

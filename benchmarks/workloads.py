@@ -26,6 +26,7 @@ class Spec:
     pixels: int
     device: str = "cpu"
     amp: str | None = None  # the dtype of autocast, by name
+    dropout: float = 0.0  # in each branch of the stack
 
 
 @dataclass
@@ -75,6 +76,8 @@ def _stack(spec: Spec) -> Problem:
         for _ in range(2):
             conv = nn.Conv2d(WIDTH, WIDTH, 3, padding=1, bias=False)
             layers += [nn.BatchNorm2d(WIDTH), nn.ReLU(), conv]
+        if spec.dropout:
+            layers.append(nn.Dropout(spec.dropout))
         return nn.Sequential(*layers).to(spec.device)
 
     shape = (spec.batch, WIDTH, spec.pixels, spec.pixels)
@@ -108,8 +111,8 @@ def _classifier(spec: Spec, model: nn.Module, classes: int, conversion: dict[str
     )
 
 
-def _imagenet(name: str, title: str) -> Workload:
-    return Workload(name, title, _torchvision, 16, 4, 128, 224, processes=3, rounds=3)
+def _imagenet(name: str, processes: int) -> Workload:
+    return Workload(name, f"torchvision's {name}", _torchvision, 16, 4, 128, 224, processes, rounds=3)
 
 
 _ALL = (
@@ -121,16 +124,16 @@ _ALL = (
         quick_batch=16,
         cuda_batch=64,
         pixels=32,
-        processes=5,
-        rounds=9,
+        processes=2,
+        rounds=5,
         depth=18,
         quick_depth=6,
-        depths=(6, 18, 54, 180, 540, 1000),
+        depths=(6, 18, 54, 180, 540),
         quick_depths=(2, 6, 18),
     ),
-    Workload("resnet110", "ResNet-110 and RevNet-110 (CIFAR)", _resnet110, 100, 10, 100, 32, processes=5, rounds=5),
-    _imagenet("resnet50", "torchvision's resnet50"),
-    _imagenet("resnet152", "torchvision's resnet152"),
-    _imagenet("vit_b_16", "torchvision's vit_b_16"),
+    Workload("resnet110", "ResNet-110 and RevNet-110 (CIFAR)", _resnet110, 100, 10, 100, 32, processes=2, rounds=5),
+    _imagenet("resnet50", processes=2),
+    _imagenet("resnet152", processes=1),
+    _imagenet("vit_b_16", processes=1),
 )
 WORKLOADS = {workload.name: workload for workload in _ALL}

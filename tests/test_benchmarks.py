@@ -5,14 +5,17 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
-from benchmarks.engines import MODELS, PLAIN, STACK, Engine, peer
-from benchmarks.measure import memory, times
+from benchmarks.engines import MODELS, PLAIN, STACK, Coupled, Engine, peer
+from benchmarks.measure import behaviour, main, memory, times
 from benchmarks.render import BEGIN, END, NOTHING, render
-from benchmarks.run import Settings, run
+from benchmarks.run import Settings, job, run
 from benchmarks.workloads import WORKLOADS, Spec
+from revify import models
 
 TINY = Spec("stack", depth=2, batch=2, pixels=8)
 SETTINGS = Settings(quick=True, threads=1, processes=1, rounds=2)
@@ -60,8 +63,41 @@ def test_what_cannot_run_says_why() -> None:
     assert results["wrong"] == {"error": "ValueError: cannot do"}
 
 
-def test_the_page(tmp_path: Path) -> None:
-    """From processes to pictures; an engine without a figure has a row, and hand-written text stays."""
+def test_a_process_of_its_own_answers() -> None:
+    assert job(SETTINGS, TINY, measure="behaviour", engines=[PLAIN]) == {PLAIN: {"batches": 1, "dropout": True}}
+    assert job(SETTINGS, TINY, measure="memory", engine="no such engine") == {"error": "KeyError: 'no such engine'"}
+
+
+def test_what_differs_in_batch_norm_and_dropout() -> None:
+    twice = next(e for e in STACK if e.name == "checkpoint, each coupling")
+    assert behaviour(TINY, twice) == {"batches": 2, "dropout": True}
+
+    class Redrawn(torch.autograd.Function):
+        """Another mask in the backward pass."""
+
+        @staticmethod
+        def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+            return torch.nn.functional.dropout(x)
+
+        @staticmethod
+        def backward(ctx: Any, dy: torch.Tensor) -> torch.Tensor:
+            return torch.nn.functional.dropout(dy)
+
+    class Wrong(Coupled):
+        def forward(self, x1: torch.Tensor, x2: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            return super().forward(Redrawn.apply(x1), x2)
+
+    found = behaviour(TINY, Engine("wrong", "peer", lambda problem: Wrong(problem.branches)))
+    assert found == {"batches": 1, "dropout": False}
+
+
+def test_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From figures to pictures; an engine without a figure has a row, and hand-written text stays."""
+
+    def here(settings: Settings, spec: Spec, **what: object) -> dict[str, Any]:
+        return main({"spec": dataclasses.asdict(spec), "threads": None, **what})
+
+    monkeypatch.setattr("benchmarks.run.job", here)
     stack = dataclasses.replace(WORKLOADS["stack"], quick_depths=(2,))
     chosen = [e for e in STACK if e.name in (PLAIN, "revify")]
     figures = run(stack, TINY, tmp_path, SETTINGS, chosen)
@@ -81,9 +117,13 @@ def test_the_page(tmp_path: Path) -> None:
         assert text.startswith("before\n")
         assert text.endswith("\nafter\n")
         assert "old" not in text
-    assert "| plain autograd | 1.00 | 1.00 to 1.00 |" in text
-    rows = {line.split(" | ")[0].strip("| "): line for line in text.splitlines() if line.startswith("| ")}
-    assert rows["memcnn"].count(f"| {NOTHING} ") == 6
+    assert "| plain autograd | 1.00 | 1.00 to 1.00 | 1.00 |" in text
+    rows = {
+        line.split(" | ")[0].strip("| "): line for line in text.split("![")[0].splitlines() if line.startswith("| ")
+    }
+    for name in (PLAIN, "revify"):
+        assert rows[name].endswith("| once | right |")
+    assert rows["memcnn"].count(f"| {NOTHING} ") == 9
     assert "\n- memcnn: not installed.\n" in text
     assert str(tmp_path) not in text
     for picture in ("bench-depth.png", "bench-frontier.png"):
@@ -107,7 +147,8 @@ def test_a_curve_ends_before_the_memory_limit(tmp_path: Path, monkeypatch: pytes
     }
 
 
-def test_every_model_engine_trains() -> None:
+def test_every_model_engine_trains(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(models, "resnet110", lambda: models.cifar_resnet(8))
     results = times(Spec("resnet110", 0, 2, 8), [e for e in MODELS if not e.compiled], rounds=1, warm_up=1)
     assert all(result.get("seconds") or "unavailable" in result for result in results.values()), results
     assert results["checkpoint, each block"]["loss"] == pytest.approx(results[PLAIN]["loss"], rel=1e-5)
