@@ -91,6 +91,9 @@ class Scheme:
 
         Returns:
             Its a, b and c: numbers, or tensors of the draw's shape.
+
+        Raises:
+            NotImplementedError: every scheme has to say.
         """
         raise NotImplementedError
 

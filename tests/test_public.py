@@ -61,6 +61,39 @@ def test_what_it_returns_is_described(name: str) -> None:
         assert re.search("^Returns:$", inspect.getdoc(found) or "", re.MULTILINE)
 
 
+@pytest.mark.parametrize("name", [n for n, x in PUBLIC.items() if callable(x)])
+def test_what_it_raises_is_described(name: str) -> None:
+    """What its own code raises, or that of the functions that it calls."""
+    if any(raises(f) for made in code_of(PUBLIC[name]) for f in (made, *called_by(made))):
+        assert re.search("^Raises:$", inspect.getdoc(PUBLIC[name]) or "", re.MULTILINE)
+
+
+def code_of(found: Any) -> list[Callable[..., Any]]:
+    if not isinstance(found, type):
+        return [inspect.unwrap(found)]
+    return [f for n in ("__init__", "__post_init__") if inspect.isfunction(f := vars(found).get(n))]
+
+
+def called_by(f: Callable[..., Any]) -> list[Callable[..., Any]]:
+    found = (f.__globals__.get(name) for name in f.__code__.co_names)
+    return [g for g in found if inspect.isfunction(g) and g.__module__.startswith("revify")]
+
+
+def raises(f: Callable[..., Any]) -> bool:
+    made = f.__code__.co_filename == "<string>"  # by a dataclass
+    return not made and re.search(r"^\s*raise \w", inspect.getsource(f), re.MULTILINE) is not None
+
+
+@pytest.mark.parametrize("name", [n for n, x in PUBLIC.items() if inspect.isfunction(x)])
+def test_tensors_have_shapes_and_numbers_units(name: str) -> None:
+    docstring, signature = inspect.getdoc(PUBLIC[name]) or "", inspect.signature(PUBLIC[name])
+    kinds = {str(p.annotation) for p in signature.parameters.values()}
+    if kinds & {"Tensor", "Tensor | None"}:
+        assert "shape" in docstring
+    if signature.return_annotation in ("int", "float"):
+        assert re.search(r"^Returns:\n +(Bytes|Seconds)\b", docstring, re.MULTILINE)
+
+
 def test_what_lacks_a_description_fails() -> None:
     def wrong(x: int, y: int) -> int:
         """Adds.
@@ -70,4 +103,9 @@ def test_what_lacks_a_description_fails() -> None:
         """
         return x + y
 
+    def fails() -> None:
+        raise ValueError
+
     assert parameters(wrong) - entries(inspect.getdoc(wrong) or "", "Args") == {"y"}
+    assert raises(fails)
+    assert not raises(wrong)

@@ -29,6 +29,9 @@ class ResNet(nn.Module):
         stem: ``"cifar"``, a 3x3 convolution, or ``"imagenet"``, 7x7 with stride 2 and max-pooling.
         norm_eps: a constant of every batch norm (the paper trains CIFAR with 1e-3).
         norm_momentum: another one (the paper trains CIFAR with 0.01).
+
+    Raises:
+        RevifyError: the numbers do not fit one another, or an argument is not as it must be.
     """
 
     def __init__(
@@ -161,7 +164,7 @@ def cifar_resnet(
         A network of images ``(N, 3, H, W)``, in the paper 32 pixels wide, to logits ``(N, num_classes)``.
 
     Raises:
-        RevifyError: there is no such depth.
+        RevifyError: there is no such depth, or another argument is not as it must be.
     """
     layers = 9 if bottleneck else 6
     count, rest = divmod(depth - 2, layers)
@@ -178,6 +181,9 @@ def resnet32(num_classes: int = 10) -> ResNet:
 
     Returns:
         A network of images ``(N, 3, H, W)``, in the paper 32 pixels wide, to logits ``(N, num_classes)``.
+
+    Raises:
+        RevifyError: ``num_classes`` is less than 1.
     """
     return cifar_resnet(32, num_classes)
 
@@ -190,6 +196,9 @@ def resnet110(num_classes: int = 10) -> ResNet:
 
     Returns:
         A network of images ``(N, 3, H, W)``, in the paper 32 pixels wide, to logits ``(N, num_classes)``.
+
+    Raises:
+        RevifyError: ``num_classes`` is less than 1.
     """
     return cifar_resnet(110, num_classes)
 
@@ -202,6 +211,9 @@ def resnet164(num_classes: int = 10) -> ResNet:
 
     Returns:
         A network of images ``(N, 3, H, W)``, in the paper 32 pixels wide, to logits ``(N, num_classes)``.
+
+    Raises:
+        RevifyError: ``num_classes`` is less than 1.
     """
     return cifar_resnet(164, num_classes, bottleneck=True)
 
@@ -214,5 +226,8 @@ def resnet101(num_classes: int = 1000) -> ResNet:
 
     Returns:
         A network of images ``(N, 3, H, W)``, in the paper 224 pixels wide, to logits ``(N, num_classes)``.
+
+    Raises:
+        RevifyError: ``num_classes`` is less than 1.
     """
     return ResNet((3, 4, 23, 3), (64, 64, 128, 256, 512), num_classes, bottleneck=True, stem="imagenet")

@@ -1,4 +1,7 @@
-"""The paper's RevNets: conversions of its ResNets, with the streams as halves of the channels."""
+"""The paper's RevNets: conversions of its ResNets, with the streams as halves of the channels.
+
+Gomez, Ren, Urtasun, Grosse, "The Reversible Residual Network", 2017 (arXiv:1707.04585).
+"""
 
 from __future__ import annotations
 
@@ -21,6 +24,10 @@ def revnet(resnet: ResNet, *, exact: bool = True) -> nn.Module:
 
     Returns:
         A reversible network. Parameters of transitions are there once for each stream, all others once.
+
+    Raises:
+        NotConvertibleError: it is no such ResNet.
+        RevifyError: an argument is not as it must be.
     """
     return convert(resnet, entry="widen", exit="concat", tie_shortcuts=False, exact=exact)
 
@@ -33,6 +40,9 @@ def revnet38(num_classes: int = 10) -> nn.Module:
 
     Returns:
         A network of images ``(N, 3, H, W)``, in the paper 32 pixels wide, to logits ``(N, num_classes)``.
+
+    Raises:
+        RevifyError: ``num_classes`` is less than 1.
     """
     return revnet(cifar_resnet(38, num_classes, widths=(16, 16, 32, 56)))
 
@@ -45,6 +55,9 @@ def revnet110(num_classes: int = 10) -> nn.Module:
 
     Returns:
         A network of images ``(N, 3, H, W)``, in the paper 32 pixels wide, to logits ``(N, num_classes)``.
+
+    Raises:
+        RevifyError: ``num_classes`` is less than 1.
     """
     return revnet(resnet110(num_classes))
 
@@ -57,6 +70,9 @@ def revnet164(num_classes: int = 10) -> nn.Module:
 
     Returns:
         A network of images ``(N, 3, H, W)``, in the paper 32 pixels wide, to logits ``(N, num_classes)``.
+
+    Raises:
+        RevifyError: ``num_classes`` is less than 1.
     """
     return revnet(resnet164(num_classes))
 
@@ -69,6 +85,9 @@ def revnet56(num_classes: int = 1000) -> nn.Module:
 
     Returns:
         A network of images ``(N, 3, H, W)``, in the paper 224 pixels wide, to logits ``(N, num_classes)``.
+
+    Raises:
+        RevifyError: ``num_classes`` is less than 1.
     """
     return _imagenet_revnet((4, 4, 6, 4), num_classes)
 
@@ -82,6 +101,9 @@ def revnet104(num_classes: int = 1000) -> nn.Module:
 
     Returns:
         A network of images ``(N, 3, H, W)``, in the paper 224 pixels wide, to logits ``(N, num_classes)``.
+
+    Raises:
+        RevifyError: ``num_classes`` is less than 1.
     """
     return _imagenet_revnet((4, 4, 22, 4), num_classes)
 
