@@ -1,15 +1,18 @@
-"""What becomes of a trained network under each scheme: as converted, recalibrated, and fine-tuned.
+"""What becomes of a trained network under each scheme: as converted, recalibrated, and fine-tuned; or from scratch.
 
     python examples/pretrained.py gpt --data text.txt
+    python examples/pretrained.py gpt --data text.txt --from-scratch --picture curves.png
     python examples/pretrained.py vit --data images/
     python examples/pretrained.py resnet20 --data images/
 
 ``images/`` holds ``train/CLASS/*`` and ``test/CLASS/*``; the text is cut into characters. A plain network is trained
 for ``--steps`` steps and converted by each scheme. Told are its figure of merit (accuracy, or loss in nats) before any
 training, after the batch norms' statistics were taken again, and after a tenth and a third of the steps of fine-tuning
-at a tenth of the learning rate, beside the plain network fine-tuned alike; then networks trained from scratch. After
-fine-tuning all take the batch norms' statistics again, plain ones too. Dr2 is led from a = 1/4 to a = 1/2 in the course
-of the fine-tuning. Every run sees the same batches.
+at a tenth of the learning rate, beside the plain network fine-tuned alike. After fine-tuning all take the batch norms'
+statistics again, plain ones too. Dr2 is led from a = 1/4 to a = 1/2 in the course of the fine-tuning.
+
+With ``--from-scratch`` networks with the same initial weights are converted and trained for all the steps, and tested
+on the way. Every run sees the same batches.
 
 ``--seeds`` repeats all of it, ``--schemes`` names those to try. Results are printed, and written as JSON to
 ``--output``. Needs ``pip install "revify[vision,demo]"``.
@@ -23,7 +26,6 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -228,13 +230,15 @@ def kept(task: Task, model: nn.Module) -> int:
     return revify.kept_bytes(lambda: task.loss(model, x, y), exclude=list(model.parameters()))
 
 
-def study(task: Task, schemes: Sequence[str], steps: int, seed: int, scratch: bool) -> dict[str, dict[str, float]]:
+Rows = dict[str, dict[str, float]]  # by scheme, then by column
+
+
+def study(task: Task, schemes: Sequence[str], steps: int, seed: int) -> Rows:
     torch.manual_seed(seed)
     trained = task.make()
-    start = {name: value.clone() for name, value in trained.state_dict().items()}
     for _ in train(task, trained, steps, task.rate, seed):
         pass
-    found: dict[str, dict[str, float]] = {}
+    found: Rows = {}
     for name in schemes:
         scheme = SCHEMES[name]
         row = found[name] = {"converted": task.test(converted(trained, scheme))}
@@ -245,20 +249,55 @@ def study(task: Task, schemes: Sequence[str], steps: int, seed: int, scratch: bo
             began = time.perf_counter()
             row[f"1/{share}"] = fine_tuned(task, trained, scheme, steps // share, seed)
             row["seconds a step"] = (time.perf_counter() - began) / (steps // share)
-        if scratch:
-            model = task.make()
-            model.load_state_dict(start)
-            model = converted(model, scheme)
-            for _ in train(task, model, steps, task.rate, seed):
-                pass
-            row["scratch"] = task.test(model)
         model = converted(trained, scheme).train()
         row["kept, MB"] = kept(task, model) / 1e6
-        print(f"seed {seed}, {name}: " + ", ".join(f"{k} {v:.4g}" for k, v in row.items()), flush=True)
+        say(seed, name, row)
     return found
 
 
-def table(results: list[dict[str, dict[str, float]]]) -> str:
+def from_scratch(task: Task, schemes: Sequence[str], steps: int, seed: int) -> Rows:
+    """The figure of merit after each sixth of the steps."""
+    found: Rows = {}
+    for name in schemes:
+        torch.manual_seed(seed)
+        model = converted(task.make(), SCHEMES[name])
+        row = found[name] = {}
+        for step in train(task, model, steps, task.rate, seed):
+            if step % max(1, steps // 6) == 0 or step == steps:
+                recalibrate(task, model, seed)
+                row[str(step)] = task.test(model)
+        say(seed, name, row)
+    return found
+
+
+def say(seed: int, name: str, row: dict[str, float]) -> None:
+    print(f"seed {seed}, {name}: " + ", ".join(f"{k} {v:.4g}" for k, v in row.items()), flush=True)
+
+
+def draw(results: list[Rows], metric: str, path: Path) -> None:
+    """The mean over the seeds against the steps, a line a scheme, and between which values it lies."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4.2), layout="constrained")
+    axes = figure.subplots()
+    for number, name in enumerate(results[0]):
+        values = [list(rows[name].values()) for rows in results]
+        steps = [int(step) for step in results[0][name]]
+        means = [statistics.mean(column) for column in zip(*values, strict=True)]
+        style = {"color": "black", "linestyle": "--"} if name == "plain" else {"color": f"C{number}"}
+        axes.plot(steps, means, marker=".", label=name, **style)
+        axes.fill_between(steps, *zip(*map(_ends, zip(*values, strict=True)), strict=True), alpha=0.1, **style)
+    axes.set(xlabel="steps", ylabel=metric)
+    axes.grid(alpha=0.25)
+    axes.legend(frameon=False)
+    figure.savefig(path, dpi=150)
+
+
+def _ends(values: Sequence[float]) -> tuple[float, float]:
+    return min(values), max(values)
+
+
+def table(results: list[Rows]) -> str:
     """Means over the seeds, and the standard deviations where there are several."""
     columns = list(dict.fromkeys(column for rows in results for row in rows.values() for column in row))
     lines = ["| scheme | " + " | ".join(columns) + " |", "| --- |" + " ---: |" * len(columns)]
@@ -279,17 +318,19 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=1000, help="of the plain network (%(default)s)")
     parser.add_argument("--seeds", type=int, default=3, help="how many (%(default)s)")
     parser.add_argument("--schemes", nargs="+", choices=list(SCHEMES), default=list(SCHEMES), help="(all)")
-    parser.add_argument("--no-scratch", action="store_true", help="train no converted networks from scratch")
+    parser.add_argument("--from-scratch", action="store_true", help="train converted networks from scratch instead")
     parser.add_argument("--output", type=Path, help="a JSON file")
+    parser.add_argument("--picture", type=Path, help="a PNG file of training from scratch")
     parser.add_argument("--threads", type=int, help="of a CPU")
     options = parser.parse_args(arguments)
     if options.threads:
         torch.set_num_threads(options.threads)
     task = TASKS[options.task](options.data)
-    results: list[Any] = [
-        study(task, options.schemes, options.steps, seed, not options.no_scratch) for seed in range(options.seeds)
-    ]
+    run = from_scratch if options.from_scratch else study
+    results = [run(task, options.schemes, options.steps, seed) for seed in range(options.seeds)]
     print(f"\n{options.task}, {options.steps} steps, {options.seeds} seeds; {task.metric}\n\n{table(results)}")
+    if options.picture and options.from_scratch:
+        draw(results, task.metric, options.picture)
     if options.output:
         options.output.write_text(
             json.dumps({"task": options.task, "steps": options.steps, "seeds": results}, indent=1)

@@ -128,7 +128,7 @@ def test_every_scheme_is_fine_tuned(
     text = tmp_path / "text.txt"
     text.write_text("to be, or not to be, that is the question. " * 600)
     output = tmp_path / "found.json"
-    short = ["--steps", "3", "--seeds", "1", "--no-scratch"]
+    short = ["--steps", "10", "--seeds", "1"]
     pretrained.main(["gpt", "--data", str(text), *short, "--output", str(output)])
     (found,) = json.loads(output.read_text())["seeds"]
     assert list(found) == ["plain", "RevNet", "Midpoint", "Momentum", "Dr2", "BDIA"]
@@ -137,3 +137,8 @@ def test_every_scheme_is_fine_tuned(
     assert abs(found["RevNet"]["converted"] - found["plain"]["converted"]) > 1e-3
     assert all(row["kept, MB"] < found["plain"]["kept, MB"] / 4 for name, row in found.items() if name != "plain")
     assert "| BDIA |" in capsys.readouterr().out
+    scratch = ["--from-scratch", "--picture", str(tmp_path / "curves.png"), "--schemes", "plain", "BDIA"]
+    pretrained.main(["gpt", "--data", str(text), *short, *scratch, "--output", str(output)])
+    (found,) = json.loads(output.read_text())["seeds"]
+    assert [list(row) for row in found.values()] == [[str(n) for n in range(1, 11)]] * 2
+    assert (tmp_path / "curves.png").stat().st_size > 10_000
