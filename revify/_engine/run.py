@@ -8,9 +8,10 @@ from typing import Any
 from torch import Tensor
 
 from revify._engine.at_work import must_be_plain
-from revify._engine.budget import Budget, Cost, Planner
+from revify._engine.budget import Budget, Planner
 from revify._engine.coupling import Coupling
 from revify._engine.guard import Guard
+from revify._engine.meter import Meter
 from revify._engine.surroundings import autocast_state
 from revify._schemes import RevNet, Rule, Scheme
 
@@ -77,8 +78,7 @@ class Run:
         self.updates, self.axis = updates, axis
         self.anchor: Tensor | None = None
         self.keep: Sequence[Collection[int]] | None = None  # for each update that is inverted; None: for all nothing
-        self.costs: list[Cost] | None = None  # of the updates so far, where they are measured
-        self.learn: Callable[[list[Cost]], None] | None = None
+        self.meter: Meter | None = None  # where the updates' costs are not known yet
         self.random: Any = None  # the compiler's
         self._rules: dict[tuple[bool, bool, bool], Rule] = {}
 
@@ -99,8 +99,7 @@ class Run:
         if choice is not None:
             self.keep = choice.keep
         else:
-            self.costs = []
-            self.learn = lambda costs: planner.learn(kind, size, costs)
+            self.meter = Meter(self.coupling, lambda costs: planner.learn(kind, size, costs))
 
     def inverts(self, index: int) -> bool:
         if self.settings.stores_activations or must_be_plain():

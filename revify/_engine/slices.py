@@ -9,6 +9,7 @@ its activations.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Collection, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -195,9 +196,7 @@ def pulled(
     """The second evaluations: p in slices, where ``uncouple`` gives it, and the gradients of q, of the context's
     tensors and of f's. Tensors come with whether they need a gradient, ``context`` as `replay` takes it."""
     cut = [part for part, x in zip(slices.cut, context, strict=True) if x is None]
-    gathered = [
-        _Gathered(slices, x) if c else _Summed() for x, c in zip((q[0], *of_context[0]), (True, *cut), strict=True)
-    ]
+    pieces: list[list[Tensor | None]] = [[] for _ in (q, *cut)]
     ps: list[Tensor] = []
     d_f: Gradients = [None] * len(of_f[0])
     # The last slice first, as autograd goes through a graph: sums of gradients are then the same to the bit.
@@ -211,47 +210,19 @@ def pulled(
             ps.insert(0, uncouple(slices.of(r, i), a))
         del a
         d_inputs, d_tensors = vjp(slices.of(dr, i))
-        for found, d in zip(gathered, d_inputs, strict=True):
-            found.add(i, d)
+        for found, d in zip(pieces, d_inputs, strict=True):
+            found.insert(0, d)
         d_f = [_sum(total, d) for total, d in zip(d_f, d_tensors, strict=True)]
-    dq, *d_context = (found.whole() for found in gathered)
+    dq, *d_context = (
+        _joined(slices, found) if part else functools.reduce(_sum, reversed(found), None)
+        for found, part in zip(pieces, (True, *cut), strict=True)
+    )
     return ps, dq, d_context, d_f
 
 
-class _Gathered:
-    """The gradient of a tensor that is cut; the slices come from the last to the first. Where no graph is made of it,
-    each is copied to its place at once, so that it is not there twice."""
-
-    def __init__(self, slices: Slices, like: Tensor) -> None:
-        self._slices, self._like = slices, like
-        self._pieces: list[Tensor] = []
-        self._whole: Tensor | None = None
-
-    def add(self, number: int, piece: Tensor | None) -> None:
-        if piece is None:
-            return
-        if torch.is_grad_enabled():
-            self._pieces.insert(0, piece)
-            return
-        if self._whole is None:
-            self._whole = torch.empty_like(self._like)
-        self._slices.of(self._whole, number).copy_(piece)
-
-    def whole(self) -> Tensor | None:
-        return self._slices.joined(self._pieces) if self._pieces else self._whole
-
-
-class _Summed:
-    """The gradient of a tensor that every slice reads."""
-
-    def __init__(self) -> None:
-        self._total: Tensor | None = None
-
-    def add(self, number: int, part: Tensor | None) -> None:
-        self._total = _sum(self._total, part)
-
-    def whole(self) -> Tensor | None:
-        return self._total
+def _joined(slices: Slices, pieces: Sequence[Tensor | None]) -> Tensor | None:
+    given = [piece for piece in pieces if piece is not None]
+    return slices.joined(given) if given else None
 
 
 def _sum(total: Tensor | None, d: Tensor | None) -> Tensor | None:

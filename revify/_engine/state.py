@@ -8,7 +8,6 @@ mapped alone where none follows. After it the turn is stream 1's again.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -53,8 +52,6 @@ class State:
         self.guarded = False
         self.extent: Extent | None = None  # of the run of updates since the guard, in the exact mode
         self.tail: Tail | None = None  # of the last update
-        self.ahead = 0  # bytes kept ahead of the first update
-        self.saved = {1: False, 2: False}  # whether a branch would keep the value, where costs are measured
 
     @classmethod
     def of(
@@ -101,7 +98,6 @@ class State:
         state.grid = dict(self.grid)
         state.writes, state.waiting, state.index, state.extent = self.writes, self.waiting, self.index, self.extent
         state.first, state.growth, state.kept_one = self.first, self.growth, self.kept_one
-        state.ahead, state.saved = self.ahead, dict(self.saved)
         return state
 
     def identity(
@@ -130,10 +126,8 @@ class State:
         run = self.run
         self._release()
         x = self.merged()
-        if run.costs:
-            run.costs[-1] = replace(run.costs[-1], ends=True, stored=run.costs[-1].stored + x.nbytes)
-        elif not self.index:
-            self.ahead = x.nbytes
+        if run.meter is not None:
+            run.meter.restart(x.nbytes)
         result = recomputed(f, x, run.settings, *context)
         y, sides = (result[0], result[1:]) if sides_of(f) else (result, ())
         self._enter(y, y)
@@ -176,9 +170,8 @@ class State:
         """Ends the chain, as far as can be seen, with the state as it is now."""
         self._release()
         run = self.run
-        if run.costs is not None and run.learn is not None and len(run.costs) == self.index:
-            run.learn(run.costs)
-            run.costs = None
+        if run.meter is not None and run.meter.end(self.index):
+            run.meter = None
 
     def merged(self) -> Tensor:
         """The value that other code reads. The state stays as it is, and so does what follows."""
@@ -204,7 +197,7 @@ class State:
             self.shadow = {}
             self.x = {i: x.detach() for i, x in self.x.items()}
             grid = None if skip else self.grid[writes]
-            turn = Turn(where, self.run.coupling, self.x[writes], grid, rule, rule.numbers_in(context))
+            turn = Turn(where, self.run.coupling, writes, self.x[writes], grid, rule, rule.numbers_in(context))
             sides = self._take(turn, writes, skip, f, context, through)
         elif torch.compiler.is_compiling():
             sides = compiled.update(self, where, writes, skip, f, context, rule)
@@ -291,9 +284,7 @@ class State:
             slices = slices_for(run.settings.slices, mixed(f, rule), read, context)
         numbers = rule.numbers_in(context)
         keeps = skip is None and shadows is not None and self.keeps(numbers)
-        measures = run.costs is not None
-        turn = Turn(name, run.coupling, self.x[p], grid, rule, numbers, shadows, keep, keeps, measures, slices)
-        turn.p_is_saved, turn.q_is_saved = self.saved[p], self.saved[q]
+        turn = Turn(name, run.coupling, p, self.x[p], grid, rule, numbers, shadows, keep, keeps, run.meter, slices)
         self._take(turn, writes, skip, f, context, through)
         if self.tail is not None:
             self.tail.state = None
@@ -305,11 +296,6 @@ class State:
             self.guarded = False  # another run of updates that are inverted begins
         elif self.index % _LOOKS == 0:
             self._note_extent()
-        if run.costs is not None:
-            cost, ahead = turn.cost, 0 if run.costs else self.ahead
-            run.costs.append(replace(cost, flat=cost.flat + ahead, stored=cost.stored + ahead))
-            one_copy = run.coupling.inside == run.coupling.state  # what branches read is the stream itself
-            self.saved = {p: False, q: turn.q_is_saved and one_copy}
         return turn.sides
 
 

@@ -9,15 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from revify._arguments import snapshot
-from revify._engine.budget import Cost, Output
-from revify._engine.costs import measure
 from revify._engine.coupling import Coupling
 from revify._engine.evaluation import Evaluation
-from revify._engine.lost_bits import bytes_of
+from revify._engine.meter import Meter
 from revify._engine.region import Function, mixed, sides_of
 from revify._engine.slices import Slices, evaluated
-from revify._engine.surroundings import casts_not_shared, random_state_kept
+from revify._engine.surroundings import casts_not_shared
 from revify._engine.update import Tail, Update, check_not_overwritten, fitting, version_of
 from revify._schemes import Numbers, Rule
 
@@ -30,28 +27,25 @@ class Turn:
     Attributes:
         name: the update's, for messages.
         coupling: the arithmetic.
-        p: the value of the stream that is replaced.
+        writes: the stream that is replaced, 1 or 2, and ``p``, its value.
         grid: that stream's, in the exact mode; None where a skip makes a new value, which has none yet.
         rule: of the update, and its ``numbers``.
         shadows: of the replaced and of the other stream, before the update, then after it; None: no reversible pass.
         keep: the operations of the branch whose outputs to keep, by number.
         keeps: whether p is kept for the backward pass, which then need not reconstruct it.
-        measures: whether to find out the update's cost as well, which becomes ``cost``.
-        p_is_saved: whether a branch that has read p would keep it, under plain autograd.
-        q_is_saved: the same of q; afterwards, where it is measured, with this branch.
+        meter: finds out what the update costs, or None.
         slices: those in which the branch goes through the batch, or None.
         tail: filled afterwards with the state, until another update takes it.
         sides: afterwards, what the branch returned besides the first value.
     """
 
-    cost: Cost
     sides: Sequence[Any] = ()
-    p_is_saved = q_is_saved = False
 
     def __init__(
         self,
         name: str,
         coupling: Coupling,
+        writes: int,
         p: Tensor,
         grid: Tensor | None,
         rule: Rule,
@@ -59,12 +53,13 @@ class Turn:
         shadows: tuple[Tensor, Tensor] | None = None,
         keep: Collection[int] = (),
         keeps: bool = False,
-        measures: bool = False,
+        meter: Meter | None = None,
         slices: Slices | None = None,
     ) -> None:
-        self.name, self.coupling, self.p, self.grid, self.shadows = name, coupling, p, grid, shadows
+        self.name, self.coupling, self.shadows = name, coupling, shadows
+        self.writes, self.p, self.grid = writes, p, grid
         self.rule, self.numbers, self.keep, self.keeps = rule, numbers, keep, keeps
-        self.measures, self.slices, self.tail = measures, slices, Tail()
+        self.meter, self.slices, self.tail = meter, slices, Tail()
 
 
 def take_turn(
@@ -74,12 +69,13 @@ def take_turn(
     it is ``skip(p)``. ``p_in`` and ``q_in`` are the streams' values as skip and f read
     them (``p_in`` is None without a skip), ``context`` what f takes besides."""
     f = None if f is None else mixed(f, turn.rule)
-    if turn.measures:
-        with torch.no_grad(), random_state_kept(q_in):
-            turn.cost = _cost(turn, skip, f, p_in, q_in, context)
+    if turn.meter is not None:
+        kind = turn.writes, turn.p, turn.grid, turn.numbers, turn.keeps
+        turn.meter.add(*kind, skip, f, p_in, q_in, context)
     if turn.shadows is not None:
         return _recorded(turn, skip, f, p_in, q_in, context)
-    with casts_not_shared() if torch.is_grad_enabled() else nullcontext():
+    trains = torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    with casts_not_shared() if trains else nullcontext():
         return _stored(turn, skip, f, p_in, q_in, context)
 
 
@@ -133,28 +129,6 @@ def _recorded(
         turn.sides = parts[0].joined(sides)
     turn.shadows = r_shadow, q_shadow
     return r
-
-
-def _cost(
-    turn: Turn, skip: Function | None, f: Function | None, p_in: Tensor | None, q_in: Tensor, context: Sequence[Any]
-) -> Cost:
-    work, stored, flat = 0.0, 0, 0
-    outputs: tuple[Output, ...] = ()
-    r = turn.p
-    if skip is not None:
-        assert p_in is not None
-        s, work, kept, _ = measure(skip, p_in)
-        r, flat, stored = s, turn.p.nbytes, kept.own + (0 if turn.p_is_saved else kept.input)
-    if f is not None:
-        _, f_work, kept, outputs = measure(f, q_in, *(x if isinstance(x, Tensor) else snapshot(x) for x in context))
-        work, stored = work + f_work, stored + kept.own + (0 if turn.q_is_saved else kept.input)
-        turn.q_is_saved = turn.q_is_saved or kept.input > 0
-    size = torch.empty((), dtype=turn.coupling.state).element_size()
-    if turn.keeps:
-        flat = turn.p.nbytes
-    elif skip is None and turn.grid is not None:
-        flat = bytes_of(turn.numbers.bits, turn.p.numel())
-    return Cost(work, stored, flat, (r.numel() + q_in.numel()) * size, outputs)
 
 
 def _head(x: Tensor) -> Tensor:

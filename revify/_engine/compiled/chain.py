@@ -55,7 +55,8 @@ def update(
         shadow.clear()
     if not run.inverts(state.index) or run.anchor is None:
         coupling = run.coupling
-        turn = Turn(where, coupling, x[p], None if skip is not None else state.grid[p], rule, rule.numbers_in(context))
+        grid = None if skip is not None else state.grid[p]
+        turn = Turn(where, coupling, p, x[p], grid, rule, rule.numbers_in(context))
         p_in = None if skip is None else coupling.read(x[p])
         with Repeatable(run.random, None):  # the same masks, so that the two ways can be compared
             x[p] = take_turn(turn, skip, f, p_in, coupling.read(x[q]), context)
