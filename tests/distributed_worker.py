@@ -71,6 +71,10 @@ def main(rank: int, file: str, *cases: str) -> None:
             from tests.distributed_lightning import by_lightning  # which takes seconds to load
 
             by_lightning(rank, Path(file).parent)
+        elif case in ("accelerate", "trainer"):
+            from tests.distributed_hugging_face import by_hugging_face
+
+            by_hugging_face(case, rank, Path(file).parent)
         else:
             wrapped_models(case, rank)
     dist.destroy_process_group()

@@ -14,10 +14,10 @@ from tests.distributed_worker import DDP, FSDP, SCHEMES, SYNC
 ROOT = Path(__file__).resolve().parent.parent
 
 
-LIGHTNING = pytest.param(("lightning",), marks=pytest.mark.slow)
+TRAINERS = [pytest.param(cases, marks=pytest.mark.slow) for cases in (("lightning",), ("accelerate", "trainer"))]
 
 
-@pytest.mark.parametrize("cases", [tuple(DDP), FSDP, tuple(SYNC), (*SCHEMES, *STATES), LIGHTNING], ids=" ".join)
+@pytest.mark.parametrize("cases", [tuple(DDP), FSDP, tuple(SYNC), (*SCHEMES, *STATES), *TRAINERS], ids=" ".join)
 def test_two_processes_are_one(cases: tuple[str, ...], tmp_path: Path) -> None:
     processes = [
         subprocess.Popen(
