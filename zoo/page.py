@@ -139,7 +139,9 @@ def _refused(result: Result) -> str:
 def _remarks(result: Result) -> list[str]:
     remarks = list(result.get("remarks", ()))
     status = result["status"]
-    if status in ("refused", "foreign", "broken"):
+    if status == "refused" and "refusals" in result:
+        remarks.append(f"**{STATUS[status]}**")  # why, is in the column of refusals
+    elif status in ("refused", "foreign", "broken"):
         stage = f" ({result['stage']})" if "stage" in result else ""
         remarks.append(f"**{STATUS[status]}**{stage}: {result['error']}: {_short(str(result['message']))}")
     elif status == "wrong":
