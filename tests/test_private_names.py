@@ -27,6 +27,7 @@ FUNCTIONS = {
     "torch._subclasses.fake_tensor.UnsupportedOperatorException",
     "torch.autograd.forward_ad._current_level",
     "torch.autograd.graph._engine_run_backward",
+    "torch.compiler._is_exporting_flag",
     "torch.nn.utils.stateless._reparametrize_module",
     "torch.utils._python_dispatch.TorchDispatchMode",
     "torch.utils._python_dispatch._disable_current_modes",

@@ -42,9 +42,14 @@ def is_transformed() -> bool:
     return functional or torch._C._get_tracing_state() is not None or torch.autograd.forward_ad._current_level >= 0
 
 
+def is_exporting() -> bool:
+    """`torch.compiler.is_exporting`, which Dynamo of PyTorch 2.11 takes to be true wherever it compiles."""
+    return torch.compiler._is_exporting_flag
+
+
 def must_be_plain() -> bool:
     """Whether nothing but operations may be recorded; an export keeps the grid all the same."""
-    return torch.compiler.is_exporting() or is_transformed()
+    return is_exporting() or is_transformed()
 
 
 def is_lazy(*functions: Function | None) -> bool:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from revify._engine import compiled
-from revify._engine.at_work import check_not_captured, is_lazy, is_transformed, must_be_plain, uncompiled
+from revify._engine.at_work import check_not_captured, is_exporting, is_lazy, is_transformed, must_be_plain, uncompiled
 from revify._engine.coupling import Coupling
 from revify._engine.guard import Extent
 from revify._engine.lost_bits import MOST
@@ -67,7 +67,7 @@ class State:
         """The start of a chain."""
         if x1.is_nested:
             raise RevifyError(f"{name}: nested tensors have no streams: pad them, or use revify.store_activations.")
-        gradients = torch.is_grad_enabled() and not torch.compiler.is_exporting()
+        gradients = torch.is_grad_enabled() and not is_exporting()
         exact = settings.exact and (training or gradients) and not is_transformed()
         exact = exact and settings.scheme.inverts(training)
         coupling = Coupling(torch.promote_types(x1.dtype, x2.dtype), exact)
