@@ -165,6 +165,17 @@ def test_any_fraction_is_exact(
     assert_equal(step(chain, x), step(chain, x, stored=True))
 
 
+@pytest.mark.parametrize("scheme", [*SCHEMES, Recurrence(-2, 0.0, 1.0), Recurrence(-0.5, 0.0, 1.0)], ids=repr)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.complex64])
+def test_zeros_keep_their_sign(scheme: Scheme, dtype: torch.dtype) -> None:
+    """A value of exactly zero comes back as it was, of which the guard sees every bit."""
+    chain = ReversibleChain([nn.Identity() for _ in range(7)], coupling=scheme)
+    x = torch.tensor([[0.0, -0.0, 1.0, -1.0, 0.5, 0.0]]).to(dtype)
+    x.requires_grad_()
+    y1, y2 = chain(x, x)
+    torch.view_as_real(y1 + y2).sum().backward() if dtype.is_complex else (y1 + y2).sum().backward()
+
+
 @pytest.mark.parametrize(
     "scheme", [BDIA(), *(pytest.param(s, marks=pytest.mark.slow) for s in SCHEMES if s != BDIA())], ids=repr
 )

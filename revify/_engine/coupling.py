@@ -141,12 +141,16 @@ class Coupling:
         """``p``, of what `scaled` made of it, and of the bits that were lost, packed."""
         if numbers.takes_all:
             return past
-        p = past / numbers.a
-        if lost is None or grid is None:
-            return p
-        x = torch.view_as_real(p) if p.is_complex() else p
-        x.addcmul_(unpacked(lost, numbers.bits, x.shape), _unit_of(grid, x.dtype))
-        return p
+        x, a = past, numbers.a
+        if past.is_complex():  # the quotient of two complex numbers is rounded
+            x, a = torch.view_as_real(past), a.unsqueeze(-1) if isinstance(a, Tensor) else a
+        if grid is None:
+            x = x / a
+        elif lost is None:
+            x = 0.0 - x / -a  # on a grid zero is positive, also where a is negative
+        else:
+            x = (x / a).addcmul_(unpacked(lost, numbers.bits, x.shape), _unit_of(grid, x.dtype))
+        return torch.view_as_complex(x) if past.is_complex() else x
 
     def couple(self, p: Tensor, a: Tensor, grid: Tensor | None) -> Tensor:
         """``r = p + a``; a goes to the grid, if there is one."""
