@@ -111,8 +111,8 @@ def _classifier(spec: Spec, model: nn.Module, classes: int, conversion: dict[str
     )
 
 
-def _imagenet(name: str, processes: int) -> Workload:
-    return Workload(name, f"torchvision's {name}", _torchvision, 16, 4, 128, 224, processes, rounds=3)
+def _imagenet(name: str, batch: int, rounds: int) -> Workload:
+    return Workload(name, f"torchvision's {name}", _torchvision, batch, 4, 128, 224, processes=1, rounds=rounds)
 
 
 _ALL = (
@@ -124,16 +124,16 @@ _ALL = (
         quick_batch=16,
         cuda_batch=64,
         pixels=32,
-        processes=2,
-        rounds=5,
+        processes=1,
+        rounds=7,
         depth=18,
         quick_depth=6,
-        depths=(6, 18, 54, 180, 540),
+        depths=(6, 18, 54, 180),
         quick_depths=(2, 6, 18),
     ),
-    Workload("resnet110", "ResNet-110 and RevNet-110 (CIFAR)", _resnet110, 100, 10, 100, 32, processes=2, rounds=5),
-    _imagenet("resnet50", processes=2),
-    _imagenet("resnet152", processes=1),
-    _imagenet("vit_b_16", processes=1),
+    Workload("resnet110", "ResNet-110 and RevNet-110 (CIFAR)", _resnet110, 100, 10, 100, 32, processes=1, rounds=7),
+    _imagenet("resnet50", batch=16, rounds=5),
+    _imagenet("resnet152", batch=16, rounds=3),
+    _imagenet("vit_b_16", batch=8, rounds=3),
 )
 WORKLOADS = {workload.name: workload for workload in _ALL}
