@@ -31,7 +31,7 @@ _GROWTH = {  # of rounding errors, to 2^-18 of a value
     **dict.fromkeys((torch.float32, torch.complex64), 2.0**6),
     **dict.fromkeys((torch.float64, torch.complex128), 2.0**35),
 }
-_LOOKS = 16  # updates between two looks at the state's extent
+_LOOKS = 8  # updates between two looks at the state's extent
 Through = Callable[..., Tensor]  # calls `take_turn`, itself or by way of a module
 
 
