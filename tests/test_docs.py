@@ -202,7 +202,7 @@ def rows_of(text: str) -> dict[str, dict[str, str]]:
     found = re.search(r"(?:^\|.*\n)+", text, re.MULTILINE)
     if found is None:
         return {}
-    head, _, *rows = ([cell.strip() for cell in line.strip("|\n ").split("|")] for line in found[0].splitlines())
+    head, _, *rows = ([cell.strip() for cell in line[1:-1].split("|")] for line in found[0].splitlines())
     return {row[0]: dict(zip(head, row, strict=True)) for row in rows}
 
 
