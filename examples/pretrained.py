@@ -284,7 +284,7 @@ def draw(results: list[Rows], metric: str, path: Path) -> None:
         values = [list(rows[name].values()) for rows in results]
         steps = [int(step) for step in results[0][name]]
         means = [statistics.mean(column) for column in zip(*values, strict=True)]
-        style = {"color": "black", "linestyle": "--"} if name == "plain" else {"color": f"C{number}"}
+        style = {"color": f"C{number}"} if name != "plain" else {"color": "black", "linestyle": "--", "zorder": 3}
         axes.plot(steps, means, marker=".", label=name, **style)
         axes.fill_between(steps, *zip(*map(_ends, zip(*values, strict=True)), strict=True), alpha=0.1, **style)
     axes.set(xlabel="steps", ylabel=metric)
