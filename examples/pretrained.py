@@ -281,20 +281,15 @@ def draw(results: list[Rows], metric: str, path: Path) -> None:
     figure = Figure(figsize=(7, 4.2), layout="constrained")
     axes = figure.subplots()
     for number, name in enumerate(results[0]):
-        values = [list(rows[name].values()) for rows in results]
+        columns = list(zip(*(rows[name].values() for rows in results), strict=True))
         steps = [int(step) for step in results[0][name]]
-        means = [statistics.mean(column) for column in zip(*values, strict=True)]
         style = {"color": f"C{number}"} if name != "plain" else {"color": "black", "linestyle": "--", "zorder": 3}
-        axes.plot(steps, means, marker=".", label=name, **style)
-        axes.fill_between(steps, *zip(*map(_ends, zip(*values, strict=True)), strict=True), alpha=0.1, **style)
+        axes.plot(steps, list(map(statistics.mean, columns)), marker=".", label=name, **style)
+        axes.fill_between(steps, list(map(min, columns)), list(map(max, columns)), alpha=0.1, **style)
     axes.set(xlabel="steps", ylabel=metric)
     axes.grid(alpha=0.25)
     axes.legend(frameon=False)
     figure.savefig(path, dpi=150)
-
-
-def _ends(values: Sequence[float]) -> tuple[float, float]:
-    return min(values), max(values)
 
 
 def table(results: list[Rows]) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -15,9 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import Trainer, TrainingArguments
 
 import revify
-from tests.distributed_net import Net, close
-
-STEPS = 3
+from tests.distributed_net import STEPS, Net, assert_trained
 
 
 def by_accelerate(rank: int, folder: Path) -> None:
@@ -66,7 +63,7 @@ def by_trainer(rank: int, folder: Path) -> None:
         disable_tqdm=True,
         dataloader_pin_memory=False,
     )
-    trainer = Trainer(model, arguments, train_dataset=[{"x": image} for image in x])  # type: ignore[arg-type]
+    trainer = Trainer(model, arguments, train_dataset=[{"x": image} for image in x])
     assert arguments.world_size == 2
     trainer.train()
     assert_trained(model, single, lambda m: m(x)["loss"])
@@ -80,17 +77,3 @@ def by_hugging_face(case: str, rank: int, folder: Path) -> None:
     place = {"LOCAL_RANK": str(rank), "RANK": str(rank), "WORLD_SIZE": "2"}
     os.environ |= {**place, "MASTER_ADDR": "localhost", "MASTER_PORT": "0"}  # the group is there already
     CASES[case](rank, folder)
-
-
-def assert_trained(model: nn.Module, single: nn.Module, loss: Callable[[nn.Module], Tensor]) -> None:
-    """As one process with the whole batch trains it."""
-    start = copy.deepcopy(single)
-    optimizer = torch.optim.SGD(single.parameters(), 0.1)
-    single.train()
-    for _ in range(STEPS):
-        optimizer.zero_grad()
-        loss(single).backward()
-        optimizer.step()
-    for (name, p), q, before in zip(model.named_parameters(), single.parameters(), start.parameters(), strict=True):
-        close(p, q, name)
-        assert not torch.equal(p, before), name

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
 Norm = Callable[[int], nn.Module]
+STEPS = 3  # of training by a library
 
 
 def group_norm(width: int) -> nn.Module:
@@ -40,3 +42,17 @@ def close(found: Tensor, expected: Tensor, name: str, rtol: float = 1e-4) -> Non
 def whole(gradient: Tensor | None) -> Tensor:
     assert gradient is not None
     return gradient.full_tensor() if hasattr(gradient, "full_tensor") else gradient  # type: ignore[operator]
+
+
+def assert_trained(model: nn.Module, single: nn.Module, loss: Callable[[nn.Module], Tensor]) -> None:
+    """As one process with the whole batch trains it."""
+    start = copy.deepcopy(single)
+    optimizer = torch.optim.SGD(single.parameters(), 0.1)
+    single.train()
+    for _ in range(STEPS):
+        optimizer.zero_grad()
+        loss(single).backward()
+        optimizer.step()
+    for (name, p), q, before in zip(model.named_parameters(), single.parameters(), start.parameters(), strict=True):
+        close(p, q, name)
+        assert not torch.equal(p, before), name

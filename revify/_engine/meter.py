@@ -59,8 +59,7 @@ class Meter:
             flat = p.nbytes
         elif skip is None and grid is not None:
             flat = bytes_of(numbers.bits, p.numel())
-        size = torch.empty((), dtype=self._coupling.state).element_size()
-        state = (r.numel() + q_in.numel()) * size
+        state = (r.numel() + q_in.numel()) * self._coupling.state.itemsize
         self._costs.append(Cost(work, stored + self._ahead, flat + self._ahead, state, outputs))
         self._ahead = 0
         one_copy = self._coupling.inside == self._coupling.state  # what branches read is the stream itself

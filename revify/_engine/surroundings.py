@@ -136,12 +136,11 @@ def weights_not_shared() -> Iterator[None]:
     """Inside it no weight is found that another evaluation has cast (`casts_not_shared`) or computed, and none is left
     to others: what is made without a graph would cut the gradient of every later use. `parametrize.cached` keeps
     weights by the identity of modules."""
-    casts, computed = torch.is_autocast_cache_enabled(), parametrize._cache
-    torch.set_autocast_cache_enabled(False)
+    computed = parametrize._cache
     if parametrize._cache_enabled:
         parametrize._cache = {}
     try:
-        yield
+        with casts_not_shared():
+            yield
     finally:
-        torch.set_autocast_cache_enabled(casts)
         parametrize._cache = computed
