@@ -198,6 +198,13 @@ MUTANTS = [
         "test_memory.py -k 'any_depth or depend_on_depth'",
     ),
     mutant(
+        "the kept end of an open chain is written over",
+        "update.py",
+        "(x.detach() for x in ctx.tail.state)",
+        "ctx.tail.state",
+        "test_chain.py -k nobody_ends",
+    ),
+    mutant(
         "a loss on side outputs alone finds no state",
         "state.py",
         "self.tail.state = self.x[q].detach(), self.x[p].detach()",

@@ -155,7 +155,7 @@ class Update(torch.autograd.Function):
         if q is None or (r is None and not ctx.keeps):
             if ctx.tail.state is None:
                 raise ReconstructionError(_OPEN.format(name=ctx.name))
-            q, r = ctx.tail.state
+            q, r = (x.detach() for x in ctx.tail.state)  # aliases: what is kept here is not written over
         else:
             ctx.tail.state = None
         needs_p_in, needs_q = ctx.needs_input_grad[13:15]
