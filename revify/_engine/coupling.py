@@ -138,18 +138,20 @@ class Coupling:
         return past.mul_(a), last
 
     def unscaled(self, past: Tensor, numbers: Numbers, lost: Tensor | None, grid: Tensor | None) -> Tensor:
-        """``p``, of what `scaled` made of it, and of the bits that were lost, packed."""
+        """``p``, of what `scaled` made of it, and of the bits that were lost, packed; without a graph in the memory of
+        ``past``, which is the caller's alone."""
         if numbers.takes_all:
             return past
         x, a = past, numbers.a
         if past.is_complex():  # the quotient of two complex numbers is rounded
             x, a = torch.view_as_real(past), a.unsqueeze(-1) if isinstance(a, Tensor) else a
+        divide = torch.div if torch.is_grad_enabled() else Tensor.div_
         if grid is None:
-            x = x / a
+            x = divide(x, a)
         elif lost is None:
-            x = 0.0 - x / -a  # on a grid zero is positive, also where a is negative
+            x = 0.0 - divide(x, -a)  # on a grid zero is positive, also where a is negative
         else:
-            x = (x / a).addcmul_(unpacked(lost, numbers.bits, x.shape), _unit_of(grid, x.dtype))
+            x = divide(x, a).addcmul_(unpacked(lost, numbers.bits, x.shape), _unit_of(grid, x.dtype))
         return torch.view_as_complex(x) if past.is_complex() else x
 
     def couple(self, p: Tensor, a: Tensor, grid: Tensor | None) -> Tensor:
