@@ -133,7 +133,7 @@ def _at_depth(settings: Settings, spec: Spec, engine: Engine, depth: int, curve:
 
 def job(settings: Settings, spec: Spec, **what: Any) -> Result:
     """The answer of a fresh process; if it dies, how."""
-    variables = {**os.environ, **_C_LIBRARY.get(what["measure"], {})}
+    variables = {**os.environ, **C_LIBRARY.get(what["measure"], {})}
     task = json.dumps({"spec": dataclasses.asdict(spec), "threads": settings.threads, **what})
     command = [sys.executable, "-m", "benchmarks.measure", task]
     process = subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True)
@@ -144,7 +144,7 @@ def job(settings: Settings, spec: Spec, **what: Any) -> Result:
     return answer
 
 
-_C_LIBRARY = {
+C_LIBRARY = {
     # What is freed is kept, so that no time goes into fetching pages from the system again.
     "times": {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40)},
     # What is freed goes back at once: what the C library holds in reserve is no one's need.

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from benchmarks import floor, overhead, schemes
 from benchmarks.engines import MODELS, PLAIN, STACK, Coupled, Engine, peer
 from benchmarks.measure import behaviour, main, memory, times
 from benchmarks.render import BEGIN, END, NOTHING, render
@@ -152,3 +153,16 @@ def test_every_model_engine_trains(monkeypatch: pytest.MonkeyPatch) -> None:
     results = times(Spec("resnet110", 0, 2, 8), [e for e in MODELS if not e.compiled], rounds=1, warm_up=1)
     assert all(result.get("seconds") or "unavailable" in result for result in results.values()), results
     assert results["checkpoint, each block"]["loss"] == pytest.approx(results[PLAIN]["loss"], rel=1e-5)
+
+
+def test_the_smaller_tables(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """``python -m benchmarks.floor``, ``.overhead`` and ``.schemes``."""
+    tiny = dataclasses.replace(WORKLOADS["stack"], depth=2, batch=2, pixels=8)
+    monkeypatch.setitem(WORKLOADS, "stack", tiny)
+    monkeypatch.setattr(overhead, "UPDATES", 2)
+    monkeypatch.setattr(torch, "set_num_threads", lambda _: None)
+    for module, rows in ((floor, ["all operations"]), (overhead, overhead.BRANCHES), (schemes, schemes.SCHEMES)):
+        monkeypatch.setattr(module, "ROUNDS", 1)
+        module.main()
+        printed = capsys.readouterr().out
+        assert all(f"  {row}  " in printed for row in rows)
