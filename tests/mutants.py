@@ -198,6 +198,13 @@ MUTANTS = [
         "test_memory.py -k 'any_depth or depend_on_depth'",
     ),
     mutant(
+        "second derivatives of an open chain lose the state's part",
+        "update.py",
+        "            if torch.is_grad_enabled():  # this state",
+        "            if False:  # this state",
+        "test_chain.py -k nobody_ends",
+    ),
+    mutant(
         "the kept end of an open chain is written over",
         "update.py",
         "(x.detach() for x in ctx.tail.state)",

@@ -285,3 +285,14 @@ def test_two_backward_passes_of_a_chain_that_nobody_ends(coupling: revify.Scheme
     first, second = (torch.autograd.grad(loss, list(model.parameters()), **takes) for _ in range(2))
     assert sum(a is not None for a in first) > 8
     assert all((a is None and b is None) or torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_second_derivatives_of_a_chain_that_nobody_ends_are_refused() -> None:
+    """What it keeps of its state has no history."""
+    x = torch.randn(3, 5, requires_grad=True)
+    model = revify.convert(_Skips())
+    with pytest.raises(revify.RevifyError, match=r"blocks.3.add: no second derivatives .*store_activations"):
+        torch.autograd.grad(model(x).square().sum(), x, create_graph=True)
+    with revify.store_activations(model):
+        (first,) = torch.autograd.grad(model(x).square().sum(), x, create_graph=True)
+        assert torch.autograd.grad(first.square().sum(), x)[0].any()

@@ -155,6 +155,8 @@ class Update(torch.autograd.Function):
         if q is None or (r is None and not ctx.keeps):
             if ctx.tail.state is None:
                 raise ReconstructionError(_OPEN.format(name=ctx.name))
+            if torch.is_grad_enabled():  # this state is cut off from what it was made of: with it the graph kept itself
+                raise RevifyError(_OPEN_TWICE.format(name=ctx.name))
             q, r = (x.detach() for x in ctx.tail.state)  # aliases: what is kept here is not written over
         else:
             ctx.tail.state = None
@@ -293,6 +295,10 @@ def _is_batched(x: Tensor | None) -> bool:
     return x is not None and (of.is_legacy_batchedtensor(x) or of.is_batchedtensor(x))
 
 
+_OPEN_TWICE = (
+    "{name}: no second derivatives of a loss that depends on what branches return besides, but not on the chain's end, "
+    "where the state is kept. Let the loss depend on the model's result too, or use revify.store_activations(model)."
+)
 _TWICE = (
     "{name}: second derivatives through the inverse of an update with |a| = {a:g} would lose a factor 1/|a| of their "
     "digits at every update. Use revify.store_activations(model), or a scheme with |a| of at least 1."
