@@ -202,14 +202,14 @@ MUTANTS = [
         "update.py",
         "            if torch.is_grad_enabled():  # this state",
         "            if False:  # this state",
-        "test_chain.py -k nobody_ends",
+        "test_open_chains.py",
     ),
     mutant(
         "the kept end of an open chain is written over",
         "update.py",
         "(x.detach() for x in ctx.tail.state)",
         "ctx.tail.state",
-        "test_chain.py -k nobody_ends",
+        "test_open_chains.py",
     ),
     mutant(
         "a loss on side outputs alone finds no state",
