@@ -144,9 +144,9 @@ MUTANTS = [
     mutant(
         "strides are not restored",
         "update.py",
-        "if x.stride() == strides or 0 in strides:",
-        "if True:",
-        "test_training_loops.py -k layouts",
+        "return x if x.stride() == strides or 0 in strides else",
+        "return x if True else",
+        "test_chain.py -k size_one",
     ),
     mutant(
         "the gradients of what branches return besides are dropped",
@@ -196,6 +196,13 @@ MUTANTS = [
         "            self.tail.state = None\n",
         "            pass\n",
         "test_memory.py -k 'any_depth or depend_on_depth'",
+    ),
+    mutant(
+        "a stream forgets the strides of dimensions of size 1",
+        "coupling.py",
+        "or not _same_but_for_ones(r, p):",
+        "or True:",
+        "test_chain.py -k size_one",
     ),
     mutant(
         "second derivatives of an open chain lose the state's part",

@@ -92,6 +92,23 @@ class _OnGrid(torch.autograd.Function):
         return da, None
 
 
+class _LaidOut(torch.autograd.Function):
+    """`with_strides`, with derivative 1."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, strides: tuple[int, ...]) -> Tensor:
+        return with_strides(x, strides)
+
+    @staticmethod
+    def backward(ctx: Any, dx: Tensor) -> tuple[Tensor, None]:
+        return dx, None
+
+
+def with_strides(x: Tensor, strides: tuple[int, ...]) -> Tensor:
+    """``x`` with these strides."""
+    return torch.empty_strided(x.shape, strides, dtype=x.dtype, device=x.device).copy_(x)
+
+
 @dataclass(frozen=True)
 class Coupling:
     """The arithmetic of one chain's updates.
@@ -155,8 +172,15 @@ class Coupling:
         return torch.view_as_complex(x) if past.is_complex() else x
 
     def couple(self, p: Tensor, a: Tensor, grid: Tensor | None) -> Tensor:
-        """``r = p + a``; a goes to the grid, if there is one."""
-        return p + self._converted(a, grid)
+        """``r = p + a``, laid out in memory as p is; a goes to the grid, if there is one."""
+        r = p + self._converted(a, grid)
+        if r.stride() == p.stride() or torch.compiler.is_compiling() or not _same_but_for_ones(r, p):
+            return r
+        # Of dimensions of size 1 sums forget the strides, but kernels go by these too.
+        if r.requires_grad and torch.is_grad_enabled():
+            laid_out: Tensor = _LaidOut.apply(r, p.stride())
+            return laid_out
+        return with_strides(r, p.stride())
 
     def uncouple(self, r: Tensor, a: Tensor, grid: Tensor | None) -> Tensor:
         """``p = r - a``."""
@@ -166,7 +190,7 @@ class Coupling:
         """As `couple`, without a graph, and in the memory of ``a`` where the caller is its sole owner."""
         if _is_free(a, p):
             return (a if grid is None else on_grid_(a, grid)).add_(p)
-        return p + self._converted(a, grid)
+        return self.couple(p, a, grid)
 
     def uncouple_into(self, r: Tensor, a: Tensor, grid: Tensor | None) -> Tensor:
         """As `uncouple`, without a graph, and in the memory of ``r``, or else of ``a``, where nobody else can see it.
@@ -206,6 +230,11 @@ def _split_bits(p: Tensor, bits: int, grid: Tensor) -> tuple[Tensor, Tensor]:
         whole.bitwise_and_(~mask)
         past = raised.sub_(number)
     return torch.view_as_complex(past) if p.is_complex() else past, last
+
+
+def _same_but_for_ones(x: Tensor, y: Tensor) -> bool:
+    """Whether the strides of two tensors of one shape are the same where they matter for what is where."""
+    return all(n == 1 or s == t for n, s, t in zip(x.shape, x.stride(), y.stride(), strict=True))
 
 
 def _unit_of(grid: Tensor, dtype: torch.dtype) -> Tensor:

@@ -32,7 +32,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from revify._engine.coupling import Coupling, is_alone
+from revify._engine.coupling import Coupling, is_alone, with_strides
 from revify._engine.evaluation import Evaluation
 from revify._engine.lost_bits import packed
 from revify._engine.replay import replay, without_tensors
@@ -206,7 +206,7 @@ class Update(torch.autograd.Function):
             (dq, *d_context), d_f = vjp(dr, d_sides)
         if not ctx.keeps:
             assert p is not None
-            p = _with_strides(coupling.unscaled(p, numbers, lost, ctx.grid), ctx.strides)
+            p = _laid_out(coupling.unscaled(p, numbers, lost, ctx.grid), ctx.strides)
         return (*[None] * 12, dp, dp_in, dq, p, q, *d_context, *d_skip, *d_f)
 
 
@@ -240,12 +240,10 @@ def scaled_gradient(dr: Tensor | None, numbers: Numbers) -> Tensor | None:
     return dr * numbers.a if isinstance(numbers.a, Tensor) or numbers.a != 0 else None
 
 
-def _with_strides(x: Tensor, strides: tuple[int, ...]) -> Tensor:
+def _laid_out(x: Tensor, strides: tuple[int, ...]) -> Tensor:
     """``x`` laid out in memory as the forward pass had it: kernels go by strides, also those of dimensions of size 1,
     and the last bits of their results with them."""
-    if x.stride() == strides or 0 in strides:
-        return x
-    return torch.empty_strided(x.shape, strides, dtype=x.dtype, device=x.device).copy_(x)
+    return x if x.stride() == strides or 0 in strides else with_strides(x, strides)
 
 
 def shadow_of(x: Tensor) -> Tensor:
