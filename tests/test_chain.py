@@ -261,14 +261,14 @@ def test_a_stream_keeps_its_layout_also_in_dimensions_of_size_one(exact: bool, s
         return nn.Sequential(norm, nn.ReLU(), nn.Conv2d(2, 2, 1, bias=False))
 
     chain = ReversibleChain([branch(nn.GroupNorm(1, 2)), *(branch(nn.BatchNorm2d(2)) for _ in range(3))], exact=exact)
-    x = torch.empty(shape, memory_format=torch.channels_last).normal_()
+    x = torch.empty(shape, memory_format=torch.channels_last).normal_().requires_grad_()
     layouts: list[tuple[int, ...]] = []
     for step in chain.steps:
         step.branch.register_forward_pre_hook(lambda _, inputs: layouts.append(inputs[0].stride()))
 
     def gradients() -> list[Tensor]:
         y1, y2 = chain(x, x)
-        return list(torch.autograd.grad((y1 * y2.cos()).sum(), list(chain.parameters())))
+        return list(torch.autograd.grad((y1 * y2.cos()).sum(), [x, *chain.parameters()]))
 
     found = gradients()
     with revify.store_activations(chain):
@@ -276,3 +276,22 @@ def test_a_stream_keeps_its_layout_also_in_dimensions_of_size_one(exact: bool, s
     assert set(layouts) == {x.stride()}
     if exact:
         assert all(torch.equal(a, b) for a, b in zip(found, stored, strict=True))
+
+
+def test_transforms_of_a_stream_with_strides_of_its_own() -> None:
+    torch.manual_seed(0)
+    chain = ReversibleChain([nn.Sequential(nn.ReLU(), nn.Conv2d(2, 2, 1)) for _ in range(3)]).double()
+    x = torch.empty((3, 2, 1, 1), dtype=torch.float64, memory_format=torch.channels_last).normal_()
+    weights = dict(chain.named_parameters())
+
+    def loss(weights: dict[str, Tensor], x: Tensor) -> Tensor:
+        y1, y2 = torch.func.functional_call(chain, weights, (x, x))
+        return (y1 * y2.cos()).sum()
+
+    found = torch.func.grad(loss)(weights, x)
+    by_sample = torch.func.vmap(torch.func.grad(loss), (None, 0))(weights, x.unsqueeze(1))
+    with revify.store_activations(chain):
+        expected = torch.autograd.grad(loss(weights, x), list(weights.values()))
+    for name, gradient in zip(weights, expected, strict=True):
+        torch.testing.assert_close(found[name], gradient, atol=1e-9, rtol=1e-9)
+        torch.testing.assert_close(by_sample[name].sum(0), gradient, atol=1e-9, rtol=1e-9)

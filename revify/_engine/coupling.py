@@ -92,21 +92,9 @@ class _OnGrid(torch.autograd.Function):
         return da, None
 
 
-class _LaidOut(torch.autograd.Function):
-    """`with_strides`, with derivative 1."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, strides: tuple[int, ...]) -> Tensor:
-        return with_strides(x, strides)
-
-    @staticmethod
-    def backward(ctx: Any, dx: Tensor) -> tuple[Tensor, None]:
-        return dx, None
-
-
 def with_strides(x: Tensor, strides: tuple[int, ...]) -> Tensor:
     """``x`` with these strides."""
-    return torch.empty_strided(x.shape, strides, dtype=x.dtype, device=x.device).copy_(x)
+    return x.new_empty_strided(x.shape, strides).copy_(x)
 
 
 @dataclass(frozen=True)
@@ -176,11 +164,7 @@ class Coupling:
         r = p + self._converted(a, grid)
         if r.stride() == p.stride() or torch.compiler.is_compiling() or not _same_but_for_ones(r, p):
             return r
-        # Of dimensions of size 1 sums forget the strides, but kernels go by these too.
-        if r.requires_grad and torch.is_grad_enabled():
-            laid_out: Tensor = _LaidOut.apply(r, p.stride())
-            return laid_out
-        return with_strides(r, p.stride())
+        return with_strides(r, p.stride())  # sums forget those of dimensions of size 1, but kernels go by them too
 
     def uncouple(self, r: Tensor, a: Tensor, grid: Tensor | None) -> Tensor:
         """``p = r - a``."""
