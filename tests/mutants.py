@@ -200,8 +200,15 @@ MUTANTS = [
     mutant(
         "a stream forgets the strides of dimensions of size 1",
         "coupling.py",
-        "or not _same_but_for_ones(r, p):",
-        "or True:",
+        "if x.stride() == p.stride() or torch.compiler.is_compiling():",
+        "if True:",
+        "test_chain.py -k size_one",
+    ),
+    mutant(
+        "what is scaled in a graph forgets the strides of dimensions of size 1",
+        "coupling.py",
+        "return _laid_out_as(past, (p - (p - past).detach()) * a), last",
+        "return (p - (p - past).detach()) * a, last",
         "test_chain.py -k size_one",
     ),
     mutant(

@@ -139,7 +139,7 @@ class Coupling:
             return p * a, None
         past, last = _split_bits(p.detach(), numbers.bits, grid)
         if p.requires_grad and torch.is_grad_enabled():
-            return (p - (p - past).detach()) * a, last  # with derivative a
+            return _laid_out_as(past, (p - (p - past).detach()) * a), last  # with derivative a
         return past.mul_(a), last
 
     def unscaled(self, past: Tensor, numbers: Numbers, lost: Tensor | None, grid: Tensor | None) -> Tensor:
@@ -161,10 +161,7 @@ class Coupling:
 
     def couple(self, p: Tensor, a: Tensor, grid: Tensor | None) -> Tensor:
         """``r = p + a``, laid out in memory as p is; a goes to the grid, if there is one."""
-        r = p + self._converted(a, grid)
-        if r.stride() == p.stride() or torch.compiler.is_compiling() or not _same_but_for_ones(r, p):
-            return r
-        return with_strides(r, p.stride())  # sums forget those of dimensions of size 1, but kernels go by them too
+        return _laid_out_as(p, p + self._converted(a, grid))
 
     def uncouple(self, r: Tensor, a: Tensor, grid: Tensor | None) -> Tensor:
         """``p = r - a``."""
@@ -216,9 +213,13 @@ def _split_bits(p: Tensor, bits: int, grid: Tensor) -> tuple[Tensor, Tensor]:
     return torch.view_as_complex(past) if p.is_complex() else past, last
 
 
-def _same_but_for_ones(x: Tensor, y: Tensor) -> bool:
-    """Whether the strides of two tensors of one shape are the same where they matter for what is where."""
-    return all(n == 1 or s == t for n, s, t in zip(x.shape, x.stride(), y.stride(), strict=True))
+def _laid_out_as(p: Tensor, x: Tensor) -> Tensor:
+    """``x`` with the strides of p, where they differ in dimensions of size 1 alone: sums forget these, in place they do
+    not; and kernels go by them, and the last bits of what they compute."""
+    if x.stride() == p.stride() or torch.compiler.is_compiling():
+        return x
+    same = all(n == 1 or s == t for n, s, t in zip(x.shape, x.stride(), p.stride(), strict=True))
+    return with_strides(x, p.stride()) if same else x
 
 
 def _unit_of(grid: Tensor, dtype: torch.dtype) -> Tensor:
