@@ -9,7 +9,7 @@ from pathlib import Path
 import lightning
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, TensorDataset
 
 import revify
 from tests.distributed_net import STEPS, Net, assert_trained
@@ -20,7 +20,8 @@ class Squares(lightning.LightningModule):
         super().__init__()
         self.network = network
 
-    def training_step(self, x: Tensor, index: int) -> Tensor:
+    def training_step(self, batch: list[Tensor], index: int) -> Tensor:
+        (x,) = batch
         return self.network(x).square().mean()  # type: ignore[no-any-return]
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
@@ -45,6 +46,6 @@ def by_lightning(rank: int, folder: Path) -> None:
         enable_model_summary=False,
         default_root_dir=folder,
     )
-    trainer.fit(module, DataLoader([x.chunk(2)[rank]] * STEPS, batch_size=None))  # type: ignore[arg-type]
+    trainer.fit(module, DataLoader(TensorDataset(x.chunk(2)[rank]), batch_size=4))
     assert trainer.world_size == 2
-    assert_trained(module, single, lambda m: m.training_step(x, 0))
+    assert_trained(module, single, lambda m: m.training_step([x], 0))

@@ -93,8 +93,9 @@ class _OnGrid(torch.autograd.Function):
 
 
 def with_strides(x: Tensor, strides: tuple[int, ...]) -> Tensor:
-    """``x`` with these strides."""
-    return x.new_empty_strided(x.shape, strides).copy_(x)
+    """``x`` laid out so in memory: kernels go by strides, also by those of dimensions of size 1, and the last bits of
+    their results with them."""
+    return x if x.stride() == strides else x.new_empty_strided(x.shape, strides).copy_(x)
 
 
 @dataclass(frozen=True)
@@ -215,7 +216,7 @@ def _split_bits(p: Tensor, bits: int, grid: Tensor) -> tuple[Tensor, Tensor]:
 
 def _laid_out_as(p: Tensor, x: Tensor) -> Tensor:
     """``x`` with the strides of p, where they differ in dimensions of size 1 alone: sums forget these, in place they do
-    not; and kernels go by them, and the last bits of what they compute."""
+    not."""
     if x.stride() == p.stride() or torch.compiler.is_compiling():
         return x
     same = all(n == 1 or s == t for n, s, t in zip(x.shape, x.stride(), p.stride(), strict=True))

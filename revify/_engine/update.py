@@ -206,7 +206,8 @@ class Update(torch.autograd.Function):
             (dq, *d_context), d_f = vjp(dr, d_sides)
         if not ctx.keeps:
             assert p is not None
-            p = _laid_out(coupling.unscaled(p, numbers, lost, ctx.grid), ctx.strides)
+            p = coupling.unscaled(p, numbers, lost, ctx.grid)
+            p = p if 0 in ctx.strides else with_strides(p, ctx.strides)  # as the forward pass had it
         return (*[None] * 12, dp, dp_in, dq, p, q, *d_context, *d_skip, *d_f)
 
 
@@ -238,12 +239,6 @@ def scaled_gradient(dr: Tensor | None, numbers: Numbers) -> Tensor | None:
     if dr is None or numbers.takes_all:
         return dr
     return dr * numbers.a if isinstance(numbers.a, Tensor) or numbers.a != 0 else None
-
-
-def _laid_out(x: Tensor, strides: tuple[int, ...]) -> Tensor:
-    """``x`` laid out in memory as the forward pass had it: kernels go by strides, also those of dimensions of size 1,
-    and the last bits of their results with them."""
-    return x if x.stride() == strides or 0 in strides else with_strides(x, strides)
 
 
 def shadow_of(x: Tensor) -> Tensor:
